@@ -1,0 +1,131 @@
+"""What a loop computes: combinators that make bodies from blocks.
+
+In: `(state, context, index)`. Out: a proposal with the state's shapes. Any module or function of these three is a
+body by itself. Deliberately elsewhere: the blocks and fusions (`loopaware.nn`), and how a proposal is taken
+(`loopaware.update`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from loopaware import tree
+from loopaware.protocols import Body, Context, State
+
+__all__ = ["Called", "Injected", "Stack", "Timed"]
+
+
+class Injected(nn.Module):
+    """Show the input to the block at every step: proposal = block(fusion(h, x)).
+
+    Use it whenever the loop may run longer than in training ("recall"): a state that is not reminded of its input
+    forgets it. Not needed where the block attends to the context itself.
+
+    Args:
+        block: a body.
+        fusion: `(state, x) -> state`, for example `nn.fusion.Add()`.
+
+    Shapes: state (*rows, ..., d), x as the fusion asks.
+
+    References: A. Bansal et al., "End-to-end Algorithm Synthesis with Recurrent Networks", 2022, arXiv 2202.05826.
+
+    >>> import torch
+    >>> body = Injected(Called(torch.tanh), lambda state, x: state + x)
+    >>> body(torch.zeros(1), torch.ones(1), 0)
+    tensor([0.7616])
+    """
+
+    def __init__(self, block: Body, fusion: Callable[[State, Tensor], State]):
+        super().__init__()
+        self.block = block
+        self.fusion = fusion
+
+    def forward(self, state: State, context: Context, index: int) -> State:
+        return self.block(self.fusion(state, tree.content(context)), context, index)
+
+
+class Timed(nn.Module):
+    """Tell the block which step it is: proposal = block(h + signal(t)).
+
+    Use it where steps must differ, as in the Universal Transformer; leave it out where a fixed point is wanted or more
+    steps than in training must work.
+
+    Args:
+        block: a body.
+        signal: `index -> (d,)`, for example `nn.Sinusoidal(d)` or `nn.LearnedPositions(steps, d)`.
+
+    Shapes: state (*rows, ..., d).
+
+    References: M. Dehghani et al., "Universal Transformers", 2018, arXiv 1807.03819.
+
+    >>> import torch
+    >>> body = Timed(Called(torch.nn.Identity()), lambda index: torch.full((2,), float(index)))
+    >>> body(torch.zeros(1, 2), None, 3)
+    tensor([[3., 3.]])
+    """
+
+    def __init__(self, block: Body, signal: Callable[[int], Tensor]):
+        super().__init__()
+        self.block = block
+        self.signal = signal
+
+    def forward(self, state: Tensor, context: Context, index: int) -> State:
+        return self.block(state + self.signal(index).to(state), context, index)
+
+
+class Stack(nn.Module):
+    """Several bodies, one after the other, as one step: proposal = b_n(...b_2(b_1(h))).
+
+    Use it to loop over a group of layers that do not share weights.
+
+    Args:
+        bodies: in the order in which they run.
+
+    Raises:
+        ValueError: no body is given.
+
+    >>> import torch
+    >>> Stack(Called(torch.exp), Called(torch.log))(torch.ones(1), None, 0)
+    tensor([1.])
+    """
+
+    def __init__(self, *bodies: Body):
+        super().__init__()
+        if not bodies:
+            raise ValueError("a Stack must hold at least one body, got none. Pass Stack(first, second, ...).")
+        self.bodies = nn.ModuleList(body if isinstance(body, nn.Module) else Called(body, whole=True) for body in bodies)
+
+    def forward(self, state: State, context: Context, index: int) -> State:
+        for body in self.bodies:
+            state = body(state, context, index)
+        return state
+
+
+class Called(nn.Module):
+    """Any callable as a body: proposal = function(h).
+
+    Use it for layers that know neither context nor step, such as `torch.nn.TransformerEncoderLayer`. With `whole`, the
+    function is called with all three arguments.
+
+    Args:
+        function: a module or function.
+        whole: pass (state, context, index) rather than the state alone.
+
+    >>> import torch
+    >>> Called(torch.relu)(torch.tensor([-1.0, 2.0]), None, 0)
+    tensor([0., 2.])
+    """
+
+    def __init__(self, function: Callable[..., State], whole: bool = False):
+        super().__init__()
+        self.function = function
+        self.whole = whole
+
+    def forward(self, state: State, context: Context, index: int) -> State:
+        return self.function(state, context, index) if self.whole else self.function(state)
+
+    def extra_repr(self) -> str:
+        name = "" if isinstance(self.function, nn.Module) else getattr(self.function, "__name__", repr(self.function))
+        return ", ".join(filter(None, [name, "whole=True" if self.whole else ""]))

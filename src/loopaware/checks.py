@@ -1,0 +1,84 @@
+"""The checks that stand between bad input and a loop: each raises one error that names the value and the remedy.
+
+In: values from users. Out: the value, or the error. Deliberately elsewhere: run-time facts such as a state that
+turns infinite, which `execute` sees.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loopaware import tree
+
+
+def bounded(what: str, value: Any, remedy: str, least: int = 1) -> int:
+    """An integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} must be an integer, got {value!r}. {remedy}")
+    if value < least:
+        raise ValueError(f"{what} must be at least {least}, got {value}. {remedy}")
+    return value
+
+
+def between(what: str, value: float, low: float, high: float, remedy: str) -> float:
+    """A finite number with low < value <= high."""
+    if not (math.isfinite(value) and low < value <= high):
+        raise ValueError(f"{what} must be above {low} and at most {high}, got {value}. {remedy}")
+    return value
+
+
+def row_shape(state: Any, rows: int) -> torch.Size:
+    """The shape of the row axes, which every leaf of the state shares."""
+    leaves = tree.leaves(state)
+    if not leaves:
+        raise TypeError(f"a state must hold a tensor, got {type(state).__name__}. Let init return a tensor or a tree.")
+    shape = leaves[0].shape[:rows]
+    if any(leaf.ndim < rows or leaf.shape[:rows] != shape for leaf in leaves):
+        raise ValueError(
+            f"every tensor of the state must lead with the same {rows} row axes, got {tree.describe(state)}. "
+            "Give `rows` the number of leading axes that halt by themselves."
+        )
+    return shape
+
+
+def real_positions(mask: Tensor | None, state: Any, rows: int) -> Tensor | None:
+    """A mask of the leading axes of the state, at least the row axes; True = real."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be boolean with True = real, got {mask.dtype}. Pass mask.bool().")
+    leaf = tree.leaves(state)[0]
+    if not rows <= mask.ndim <= leaf.ndim or mask.shape != leaf.shape[: mask.ndim]:
+        raise ValueError(
+            f"mask must have the shape of the first {rows} or more axes of the state {tuple(leaf.shape)}, "
+            f"got {tuple(mask.shape)}. True marks what is real, False padding."
+        )
+    return mask
+
+
+def same_shape(proposal: Any, state: Any) -> Any:
+    """The proposal in the state's dtype, if it has the state's structure and shapes."""
+    if tree.describe(proposal) != tree.describe(state):
+        raise ValueError(
+            f"the body's proposal must have the shape of the state {tree.describe(state)}, "
+            f"got {tree.describe(proposal)}. Project inside the body, or start from init.Projected or init.Zeros(dim)."
+        )
+    return tree.map(lambda new, old: new.to(old.dtype), proposal, state)
+
+
+def fitting(loop: Any) -> None:
+    """Refuse pairs of parts that cannot work together, by the traits they declare."""
+    if loop.halt.learned and not loop.grad.complete:
+        raise ValueError(
+            f"grad must differentiate every step when halting is learned, got {loop.grad!r} with {loop.halt!r}. "
+            "The halting head would learn nothing: take grad.Full() or grad.Checkpointed(), or a rule without parameters."
+        )
+    if loop.readout.weighted and loop.grad.extra_steps:
+        raise ValueError(
+            f"readout must return the last state when the gradient takes an extra step, got {loop.readout!r} "
+            f"with {loop.grad!r}. Take readout.Last(), or grad.Full()."
+        )

@@ -1,0 +1,95 @@
+"""How the steps of a loop are run: all of them, or until no row is left.
+
+In: `advance`, which makes one step, a carry, and a number of steps. Out: the carry after them.
+Deliberately elsewhere: what a step is (`loopaware.loop`), which steps are differentiated (`loopaware.grad`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loopaware import tree
+from loopaware.protocols import Advance, Carry
+
+__all__ = ["Eager", "Unrolled"]
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Run every step, never looking at the data: c_{t+1} = advance(c_t), t = 1..T.
+
+    Use it under `torch.compile(fullgraph=True)`, for export, for CUDA graphs, and on a GPU with `halt.Never`: nothing
+    waits for the device. It neither ends early nor notices a state that is no longer finite.
+
+    >>> Unrolled()(lambda carry: carry + 1, 0, 5)
+    5
+    """
+
+    def __call__(self, advance: Advance, carry: Carry, steps: int) -> Carry:
+        for _ in range(steps):
+            carry = advance(carry)
+        return carry
+
+
+@dataclass(frozen=True)
+class Eager:
+    """Run until no row is alive, and look at the state after every step: while any(alive): c = advance(c).
+
+    The default. Rows that have stopped are carried along unchanged until the last one stops. On a GPU each step waits
+    for one number from the device.
+
+    Args:
+        check: raise where a real position of the state is not finite.
+
+    Raises:
+        FloatingPointError: the state holds a nan or an infinity; names the step and the rows.
+
+    >>> from loopaware import Loop, halt
+    >>> loop = Loop(lambda state, context, index: state / 2, max_steps=99, halt=halt.Converged(atol=0.1, rtol=0.0))
+    >>> loop(torch.ones(1, 2)).steps
+    tensor([4])
+    """
+
+    check: bool = True
+
+    def __call__(self, advance: Advance, carry: Carry, steps: int) -> Carry:
+        for _ in range(steps):
+            if not self.look(carry):
+                return carry
+            carry = advance(carry)
+        self.look(carry)
+        return carry
+
+    def look(self, carry: Carry) -> bool:
+        """Whether a row is alive. Reads one pair of numbers from the device."""
+        alive = carry.alive.any()
+        if not self.check:
+            return bool(alive)
+        alive, finite = torch.stack([alive, tree.finite(real(carry))]).tolist()
+        if not finite:
+            raise FloatingPointError(describe(carry))
+        return alive
+
+
+def real(carry: Carry) -> object:
+    """The state with its padding set to zero; what stands there is nobody's answer."""
+    if carry.rows.mask is None:
+        return carry.state
+    return tree.where(carry.rows.mask, carry.state, tree.map(torch.zeros_like, carry.state))
+
+
+def describe(carry: Carry) -> str:
+    """The message for a state that is not finite."""
+    axes = carry.rows.axes
+    bad = torch.zeros_like(carry.alive)
+    for leaf in tree.leaves(real(carry)):
+        broken = ~torch.isfinite(leaf)
+        bad = bad | (broken.flatten(axes).any(-1) if broken.ndim > axes else broken)
+    rows = [index[0] if axes == 1 else tuple(index) for index in bad.nonzero()[:8].tolist()]
+    return (
+        f"the state must be finite, got nan or inf after {carry.index} steps in rows {rows}. "
+        "Look at the input if it is step 0; else lower the learning rate, clip gradients, or damp the loop with "
+        "update.Damped. execute.Eager(check=False) lets it pass."
+    )

@@ -1,0 +1,25 @@
+"""Which rows of a loop are done: rules without parameters, learned rules, and rules made of rules.
+
+In: the states before and after a step, the rule's memory. Out: a `Verdict` (stop, weight, score) for each row. With
+`Loop(rows=1)` a rule speaks for sequences, with `rows=2` for tokens, and `Grouped` for blocks of tokens.
+Deliberately elsewhere: freezing rows that stopped (the driver) and skipping their work (`loopaware.execute`).
+"""
+
+from loopaware.halt.combine import All, Any, Grouped, Patience, Watched
+from loopaware.halt.free import KL, Confidence, Converged, Entropy, Never
+from loopaware.halt.learned import Linear, Residual
+
+__all__ = [
+    "KL",
+    "All",
+    "Any",
+    "Confidence",
+    "Converged",
+    "Entropy",
+    "Grouped",
+    "Linear",
+    "Never",
+    "Patience",
+    "Residual",
+    "Watched",
+]

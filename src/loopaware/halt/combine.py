@@ -1,0 +1,198 @@
+"""Halting rules made of rules.
+
+In: rules. Out: a rule, with its whole weight on the exit step. It is learned if one inside is.
+Deliberately elsewhere: the rules that look at states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from loopaware.checks import bounded
+from loopaware.halt.measure import hard
+from loopaware.protocols import Halt, Memory, Rows, State, Verdict
+
+
+class Any(nn.Module):
+    """Stop when one of the rules does: stop = s_1 or s_2 or ...
+
+    Its score is that of the first rule.
+
+    Args:
+        rules: at least one.
+
+    >>> from loopaware import halt
+    >>> Any(halt.Converged(), halt.Entropy(lambda state: state)).learned
+    False
+    """
+
+    def __init__(self, *rules: Halt):
+        super().__init__()
+        self.rules = checked(rules, "halt.Any")
+        self.parts = nn.ModuleList(rule for rule in rules if isinstance(rule, nn.Module))
+        self.learned = any(rule.learned for rule in rules)
+        self.stops = any(rule.stops for rule in rules)
+
+    def start(self, state: State, rows: Rows) -> Memory:
+        return tuple(rule.start(state, rows) for rule in self.rules)
+
+    def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
+        stops, score, memory = ask(self.rules, old, new, memory, index)
+        return hard(stops.any(0), score), memory
+
+    def __repr__(self) -> str:
+        return f"Any({', '.join(map(repr, self.rules))})"
+
+
+class All(nn.Module):
+    """Stop when all of the rules do, at the same step: stop = s_1 and s_2 and ...
+
+    Its score is that of the first rule.
+
+    Args:
+        rules: at least one.
+
+    >>> from loopaware import halt
+    >>> All(halt.Converged(), halt.Never()).stops
+    False
+    """
+
+    def __init__(self, *rules: Halt):
+        super().__init__()
+        self.rules = checked(rules, "halt.All")
+        self.parts = nn.ModuleList(rule for rule in rules if isinstance(rule, nn.Module))
+        self.learned = any(rule.learned for rule in rules)
+        self.stops = all(rule.stops for rule in rules)
+
+    def start(self, state: State, rows: Rows) -> Memory:
+        return tuple(rule.start(state, rows) for rule in self.rules)
+
+    def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
+        stops, score, memory = ask(self.rules, old, new, memory, index)
+        return hard(stops.all(0), score), memory
+
+    def __repr__(self) -> str:
+        return f"All({', '.join(map(repr, self.rules))})"
+
+
+class Patience(nn.Module):
+    """Stop when a rule has said so several times in a row: stop = s_t and s_{t-1} and ... and s_{t-times+1}.
+
+    Use it where a rule fires by chance, above all on algorithmic tasks.
+
+    Args:
+        rule: any halting rule.
+        times: how many times in a row.
+
+    Raises:
+        ValueError: `times` is below one.
+
+    References: W. Zhou et al., "BERT Loses Patience", 2020, arXiv 2006.04152.
+
+    >>> from loopaware import halt
+    >>> Patience(halt.Converged(rtol=5e-2), times=2)
+    Patience(rule=Converged(rtol=0.05, atol=0.0), times=2)
+    """
+
+    def __init__(self, rule: Halt, times: int = 2):
+        super().__init__()
+        self.rule = rule
+        self.times = bounded("times", times, "1 is the rule itself.")
+        self.learned, self.stops = rule.learned, rule.stops
+
+    def start(self, state: State, rows: Rows) -> Memory:
+        return self.rule.start(state, rows), rows.zeros(state, torch.long)
+
+    def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
+        verdict, inner = self.rule(old, new, memory[0], index)
+        count = (memory[1] + 1) * verdict.stop
+        return hard(count >= self.times, verdict.score), (inner, count)
+
+    def __repr__(self) -> str:
+        return f"Patience(rule={self.rule!r}, times={self.times})"
+
+
+class Grouped(nn.Module):
+    """Let neighbouring rows stop together: a group stops when every real row of it does, at the same step.
+
+    Groups are blocks of `size` along the last row axis (patches, chunks, beams); a group never spans sequences.
+
+    Args:
+        rule: any halting rule.
+        size: rows of a group; the last one may be shorter.
+
+    Raises:
+        ValueError: rows are sequences, which must not wait for one another.
+
+    >>> from loopaware import halt
+    >>> Grouped(halt.Converged(), size=4).size
+    4
+    """
+
+    def __init__(self, rule: Halt, size: int):
+        super().__init__()
+        self.rule = rule
+        self.size = bounded("size", size, "Give the number of rows that stop together.")
+        self.learned, self.stops = rule.learned, rule.stops
+
+    def start(self, state: State, rows: Rows) -> Memory:
+        if rows.axes < 2:
+            raise ValueError(f"rows must be at least 2 for halt.Grouped, got {rows.axes}. Sequences never wait for others.")
+        return self.rule.start(state, rows), rows.real(state)
+
+    def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
+        verdict, inner = self.rule(old, new, memory[0], index)
+        return hard(self.together(verdict.stop | ~memory[1]), verdict.score), (inner, memory[1])
+
+    def together(self, stop: Tensor) -> Tensor:
+        """Every row's group. Shapes: (*rows) -> (*rows)."""
+        count = stop.shape[-1]
+        blocks = nn.functional.pad(stop, (0, -count % self.size), value=True).unflatten(-1, (-1, self.size))
+        return blocks.all(-1).repeat_interleave(self.size, -1)[..., :count]
+
+    def __repr__(self) -> str:
+        return f"Grouped(rule={self.rule!r}, size={self.size})"
+
+
+class Watched(nn.Module):
+    """Ask a rule at every step and never stop: the score is recorded, the loop runs to its bound.
+
+    Use it to train a learned rule on all steps, or to see what a rule would have said.
+
+    Args:
+        rule: any halting rule.
+
+    >>> from loopaware import halt
+    >>> Watched(halt.Residual()).stops
+    False
+    """
+
+    stops = False
+
+    def __init__(self, rule: Halt):
+        super().__init__()
+        self.rule = rule
+        self.learned = rule.learned
+
+    def start(self, state: State, rows: Rows) -> Memory:
+        return self.rule.start(state, rows)
+
+    def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
+        verdict, memory = self.rule(old, new, memory, index)
+        return hard(torch.zeros_like(verdict.stop), verdict.score), memory
+
+    def __repr__(self) -> str:
+        return f"Watched(rule={self.rule!r})"
+
+
+def checked(rules: tuple[Halt, ...], user: str) -> tuple[Halt, ...]:
+    if not rules:
+        raise ValueError(f"{user} must hold at least one rule, got none. Pass {user}(first, second, ...).")
+    return rules
+
+
+def ask(rules: tuple[Halt, ...], old: State, new: State, memory: Memory, index: int) -> tuple[Tensor, Tensor, Memory]:
+    """Every rule's stop (rules, *rows), the first rule's score, and the memories."""
+    answers = [rule(old, new, held, index) for rule, held in zip(rules, memory, strict=True)]
+    return torch.stack([v.stop for v, _ in answers]), answers[0][0].score, tuple(held for _, held in answers)

@@ -1,0 +1,47 @@
+"""What halting rules look at, for each row: how far the state moved, and what the head reads in it.
+
+In: states, rows. Out: one number for each row, over its real positions. Deliberately elsewhere: thresholds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loopaware import tree
+from loopaware.protocols import Rows, State, Verdict
+
+Head = Callable[[State], Tensor]
+
+
+def sizes(old: State, new: State, rows: Rows) -> list[tuple[Tensor, Tensor]]:
+    """|h_t - h_{t-1}| and |h_t| of every position, leaf by leaf: Euclidean norms over the features.
+
+    Shapes: leaves (*rows, ..., d) -> (*rows, ...); a leaf of row axes alone has no features and keeps its shape.
+    """
+
+    def size(leaf: Tensor) -> Tensor:
+        leaf = leaf.to(torch.promote_types(leaf.dtype, torch.float32))
+        return torch.linalg.vector_norm(leaf, dim=-1) if leaf.ndim > rows.axes else leaf.abs()
+
+    pairs = zip(tree.leaves(old), tree.leaves(new), strict=True)
+    return [(size(after - before), size(after)) for before, after in pairs]
+
+
+def change(old: State, new: State, rows: Rows) -> Tensor:
+    """The largest relative change of a row's positions: max |h_t - h_{t-1}| / |h_t|. Shapes: -> (*rows)."""
+    ratios = [rows.largest(moved / size.clamp(min=1e-12)) for moved, size in sizes(old, new, rows)]
+    return torch.stack(ratios).amax(0)
+
+
+def log_probabilities(head: Head, state: State) -> Tensor:
+    """The head's log-probabilities, in at least float32. Shapes: state -> (*rows, ..., classes)."""
+    logits = head(state)
+    return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
+def hard(stop: Tensor, score: Tensor) -> Verdict:
+    """The verdict of a rule whose whole weight is on the step at which it stops."""
+    return Verdict(stop, stop.to(torch.promote_types(score.dtype, torch.float32)), score)

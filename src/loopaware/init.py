@@ -1,0 +1,175 @@
+"""Where a loop starts: from the context, from zeros, from a learned vector, from noise, or from a projection.
+
+In: the context. Out: a state with the context's rows, each row's start independent of the other rows.
+Deliberately elsewhere: the loop; any function `context -> state` serves as well.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loopaware import tree
+from loopaware.checks import between, bounded
+from loopaware.protocols import Context
+
+__all__ = ["FromContext", "Gaussian", "Learned", "Projected", "Zeros"]
+
+
+@dataclass(frozen=True)
+class FromContext:
+    """Start from the input: h_0 = x.
+
+    The default; right for a stack of tied layers. Where the input is injected at every step, Zeros or Gaussian forget
+    it less willingly.
+
+    >>> FromContext()({"x": torch.ones(1, 2)})
+    tensor([[1., 1.]])
+    """
+
+    def __call__(self, context: Context) -> Tensor:
+        return tree.content(context)
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Start from nothing: h_0 = 0.
+
+    Use it with an injected input (`body.Injected`); without one, the body never sees the context.
+
+    Args:
+        dim: features of the state; None takes those of x.
+
+    Shapes: x (*rows, ..., d) -> (*rows, ..., dim).
+
+    >>> Zeros(3)(torch.ones(2, 5)).shape
+    torch.Size([2, 3])
+    """
+
+    dim: int | None = None
+
+    def __post_init__(self):
+        if self.dim is not None:
+            bounded("dim", self.dim, "Give the number of features of the state.")
+
+    def __call__(self, context: Context) -> Tensor:
+        x = tree.content(context)
+        return x.new_zeros(*x.shape[:-1], x.shape[-1] if self.dim is None else self.dim)
+
+
+class Learned(nn.Module):
+    """Start every position from one learned vector: h_0 = v, v ~ N(0, std^2) before training.
+
+    Use it where a fixed point should be reached from a good place; like Zeros, it needs an injected input.
+
+    Args:
+        dim: features of the state.
+        std: spread of the vector before training.
+
+    Shapes: x (*rows, ..., d) -> (*rows, ..., dim).
+
+    >>> Learned(3)(torch.ones(2, 5)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, dim: int, std: float = 0.02):
+        super().__init__()
+        self.vector = nn.Parameter(torch.randn(bounded("dim", dim, "Give the state's features.")) * std)
+
+    def forward(self, context: Context) -> Tensor:
+        x = tree.content(context)
+        return self.vector.to(x.dtype).expand(*x.shape[:-1], -1).clone()
+
+    def extra_repr(self) -> str:
+        return f"dim={self.vector.numel()}"
+
+
+class Gaussian(nn.Module):
+    """Start from noise of an own generator: h_0 ~ N(0, std^2).
+
+    Use it to train loops whose answer must not depend on where they start (path independence). In training every call
+    and row draws anew, and the generator is part of the state_dict, so a resumed run goes on with the same numbers. In
+    evaluation the noise of a position is a function of the seed and the position alone: neither the batch nor padding
+    behind it changes a row.
+
+    Args:
+        std: spread of the noise.
+        dim: features of the state; None takes those of x.
+        seed: of the generator.
+
+    Shapes: x (*rows, ..., d) -> (*rows, ..., dim).
+
+    References: J. Geiping et al., "Scaling up Test-Time Compute with Latent Reasoning", 2025, arXiv 2502.05171.
+
+    >>> start = Gaussian(std=0.5).eval()
+    >>> noise = start(torch.zeros(2, 3, 4))
+    >>> torch.equal(noise[0], noise[1])
+    True
+    """
+
+    def __init__(self, std: float = 0.02, dim: int | None = None, seed: int = 0):
+        super().__init__()
+        self.std = between("std", std, 0.0, math.inf, "Take init.Zeros for no noise.")
+        self.dim = dim if dim is None else bounded("dim", dim, "Give the number of features of the state.")
+        self.seed = seed
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, context: Context) -> Tensor:
+        x = tree.content(context)
+        dim = x.shape[-1] if self.dim is None else self.dim
+        if self.training:
+            noise = torch.randn(*x.shape[:-1], dim, generator=self.generator)
+            return (self.std * noise).to(x)
+        count = math.prod(x.shape[1:-1]) * dim
+        noise = normal(torch.arange(count, device=x.device), self.seed).view(*x.shape[1:-1], dim)
+        return (self.std * noise).to(x).expand(*x.shape[:-1], dim).clone()
+
+    def get_extra_state(self) -> Tensor:
+        return self.generator.get_state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.generator.set_state(state.cpu())
+
+    def extra_repr(self) -> str:
+        return f"std={self.std}, dim={self.dim}, seed={self.seed}"
+
+
+class Projected(nn.Module):
+    """Start from a linear map of the input: h_0 = W x + b.
+
+    Use it where the state has other features than the input.
+
+    Args:
+        in_features: features of x.
+        dim: features of the state.
+
+    Shapes: x (*rows, ..., in_features) -> (*rows, ..., dim).
+
+    >>> Projected(5, 3)(torch.ones(2, 5)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, in_features: int, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(bounded("in_features", in_features, "Give x's features."), bounded("dim", dim, ""))
+
+    def forward(self, context: Context) -> Tensor:
+        return self.linear(tree.content(context))
+
+
+def normal(place: Tensor, seed: int) -> Tensor:
+    """A standard normal number for each integer, by a hash: the same whatever else is drawn, and traceable."""
+    start = scramble(torch.full_like(place, seed) + 0x9E3779B9)
+    mixed = scramble(place * 0x9E3779B1 + start)
+    return math.sqrt(2) * torch.erfinv((2 * mixed.double() + 1) / 2**32 - 1)
+
+
+def scramble(bits: Tensor) -> Tensor:
+    """The finaliser of MurmurHash3 on the low 32 bits (A. Appleby, public domain)."""
+    bits = bits & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
+    return bits

@@ -1,0 +1,151 @@
+"""The trajectory of every loop of a model: what each row did at each step.
+
+In: a module, while it runs inside `record`. Out: for each loop, by its module name, a `Trajectory` for each call.
+A recording is a readout around the loop's own; outside `record` nothing is added to a step. Deliberately elsewhere:
+costs (`loopaware.observe.cost`), pictures (`loopaware.observe.report`), losses on trajectories (recipes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loopaware.halt.measure import change
+from loopaware.loop import Loop
+from loopaware.protocols import Carry, Memory, Readout, Rows, State, Verdict
+
+
+class Trajectory(NamedTuple):
+    """What one call of a loop did, with its gradients.
+
+    Shapes: steps, halted (*rows); weights, scores, residuals, alive (T, *rows), T = steps that were run. `weights` of a
+    row that took a step sum to one: what the rule left over stands at its last step. `residuals` are the relative
+    changes max |h_t - h_{t-1}| / |h_t|; `alive` says who took step t; `states` holds T states or None.
+    """
+
+    steps: Tensor
+    halted: Tensor
+    weights: Tensor
+    scores: Tensor
+    residuals: Tensor
+    alive: Tensor
+    states: tuple[State, ...] | None
+
+    @property
+    def counts(self) -> Tensor:
+        """How many rows took each step. Shapes: (T,)."""
+        return self.alive.flatten(1).sum(1)
+
+
+class Tape(dict[str, list[Trajectory]]):
+    """Trajectories by the name of the loop in the model; the model itself, if it is a loop, has the name ""."""
+
+    @property
+    def only(self) -> Trajectory:
+        """The one trajectory of a tape with one loop that was called once.
+
+        Raises:
+            ValueError: there are none, or several.
+        """
+        found = [trajectory for calls in self.values() for trajectory in calls]
+        if len(found) != 1:
+            raise ValueError(
+                f"a tape must hold one trajectory to be read by `only`, got { {name: len(c) for name, c in self.items()} }. "
+                "Read it by name: tape['encoder.loop'][0]."
+            )
+        return found[0]
+
+
+@contextmanager
+def record(model: nn.Module, states: bool = False) -> Iterator[Tape]:
+    """Record every loop in `model` while the block runs.
+
+    Args:
+        model: a loop, or a module with loops anywhere inside.
+        states: keep the state of every step too.
+
+    Raises:
+        ValueError: the model has no loop.
+
+    >>> from loopaware import Loop, halt
+    >>> loop = Loop(lambda state, context, index: state / 2, max_steps=9, halt=halt.Converged(rtol=0.0, atol=0.2))
+    >>> with record(loop) as tape:
+    ...     _ = loop(torch.tensor([[1.0], [0.5]]))
+    >>> tape.only.counts
+    tensor([2, 2, 1])
+    """
+    loops = {name: module for name, module in model.named_modules() if isinstance(module, Loop)}
+    if not loops:
+        raise ValueError(f"a recorded model must contain a Loop, got {type(model).__name__} without one.")
+    tape = Tape({name: [] for name in loops})
+    with ExitStack() as stack:
+        for name, loop in loops.items():
+            stack.enter_context(shadow(loop, "readout", Recorded(loop.readout, tape[name], states)))
+        yield tape
+
+
+@contextmanager
+def shadow(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Let `module.name` be `value` for a while. The instance's own dict is seen before registered modules."""
+    kept = module.__dict__.get(name)
+    module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        module.__dict__.pop(name)
+        if kept is not None:
+            module.__dict__[name] = kept
+
+
+class Notes(NamedTuple):
+    """What a recording folds: the readout's own memory, the state before, and a tuple for each quantity."""
+
+    inner: Memory
+    state: State
+    rows: Rows
+    steps: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...] = ()
+    states: tuple[State, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A readout that returns what `inner` returns, and appends the trajectory to `calls`."""
+
+    inner: Readout
+    calls: list[Trajectory] = field(repr=False)
+    keep: bool
+
+    @property
+    def weighted(self) -> bool:
+        return self.inner.weighted
+
+    def start(self, state: State, rows: Rows) -> Notes:
+        return Notes(self.inner.start(state, rows), state, rows)
+
+    def fold(self, folded: Notes, state: State, verdict: Verdict, alive: Tensor) -> Notes:
+        with torch.no_grad():
+            residual = change(folded.state, state, folded.rows)
+        return Notes(
+            self.inner.fold(folded.inner, state, verdict, alive),
+            state,
+            folded.rows,
+            (*folded.steps, (verdict.weight, verdict.score, residual, alive)),
+            (*folded.states, state) if self.keep else (),
+        )
+
+    def finish(self, folded: Notes, carry: Carry) -> Any:
+        if folded.steps:
+            weights, scores, residuals, alive = (torch.stack(series) for series in zip(*folded.steps, strict=True))
+        else:
+            empty = folded.rows.zeros(carry.state)[None][:0]
+            weights, scores, residuals, alive = empty, empty, empty, empty.bool()
+        last = torch.arange(len(alive), device=alive.device).reshape(-1, *[1] * carry.steps.ndim) == alive.sum(0) - 1
+        weights = weights + last * (1 - weights.sum(0))
+        states = folded.states if self.keep else None
+        self.calls.append(Trajectory(carry.steps, carry.halted, weights, scores, residuals, alive, states))
+        return self.inner.finish(folded.inner, carry)

@@ -1,0 +1,178 @@
+"""What a loop hands around, and the seven protocols its parts fulfil, each with its law.
+
+Terms used everywhere:
+
+- *state*: a tensor or a tree of tensors (`loopaware.tree`), each leading with the row axes.
+- *context*: what stays the same during a loop: a tensor `x`, or a mapping with `x` and, where a body reads them,
+  `mask` (attention: True may be attended to) and `memory` (what cross-attention looks at).
+- *rows*: the leading axes that halt by themselves: 1 = sequences, 2 = tokens. Behind them come positions and, last,
+  features.
+- *index*: how many steps were taken before this one; the first step has index 0.
+
+Deliberately elsewhere: every implementation. A part is a frozen dataclass, or an `nn.Module` if it has parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from loopaware import tree
+
+State = Any
+Memory = Any
+Context = Any
+
+
+class Rows(NamedTuple):
+    """Which leading axes of a state halt by themselves, and which positions of it are real.
+
+    Shapes: mask (*rows, ...) bool, any number of axes from `axes` up to all but the feature axis; True = real.
+    """
+
+    axes: int = 1
+    mask: Tensor | None = None
+
+    def zeros(self, state: State, dtype: torch.dtype | None = None) -> Tensor:
+        """A zero for each row, in at least float32 unless a dtype is given. Shapes: -> (*rows)."""
+        first = tree.leaves(state)[0]
+        wide = torch.promote_types(first.dtype, torch.float32) if dtype is None else dtype
+        return first.new_zeros(first.shape[: self.axes], dtype=wide)
+
+    def real(self, state: State) -> Tensor:
+        """Which rows have a real position. Shapes: -> (*rows) bool."""
+        if self.mask is None:
+            return ~self.zeros(state, torch.bool)
+        return self.mask.flatten(self.axes).any(-1) if self.mask.ndim > self.axes else self.mask
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest value of each row over its real positions. Shapes: (*rows, ...) -> (*rows)."""
+        if self.mask is not None and values.ndim >= self.mask.ndim:
+            values = values.masked_fill(~tree.expand(self.mask, values), float("-inf"))
+        return values.flatten(self.axes).amax(-1) if values.ndim > self.axes else values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean of each row over its real positions, feature by feature. Shapes: (*rows, ..., d) -> (*rows, d)."""
+        if values.ndim - 1 <= self.axes:
+            return values
+        flat = values.flatten(self.axes, -2)
+        if self.mask is None or self.mask.ndim <= self.axes:
+            return flat.mean(-2)
+        real = tree.expand(self.mask, values[..., 0]).expand(values.shape[:-1]).flatten(self.axes)[..., None]
+        return flat.masked_fill(~real, 0.0).sum(-2) / real.sum(-2).clamp(min=1)
+
+
+class Verdict(NamedTuple):
+    """What a halting rule says after a step.
+
+    Shapes: stop (*rows) bool; weight (*rows), the share of this step's state in the answer; score (*rows), the number
+    the rule looked at (residual, divergence, entropy, probability, or the logit of a learned rule), with its gradient.
+    """
+
+    stop: Tensor
+    weight: Tensor
+    score: Tensor
+
+
+class Carry(NamedTuple):
+    """Everything one step hands to the next. A loop cut anywhere goes on from it as if it had not been cut.
+
+    `alive` is a plan: the row is still to be stepped. `halted` is a fact: the rule has spoken. A row that is neither
+    was padding; a row that is alive when a loop ends has met the cap. Shapes: alive, halted, steps (*rows).
+    """
+
+    state: State
+    update: Memory
+    halt: Memory
+    readout: Memory
+    rows: Rows
+    alive: Tensor
+    halted: Tensor
+    steps: Tensor
+    index: int = 0
+
+
+class Output(NamedTuple):
+    """What a loop returns. Shapes: steps, halted (*rows); `value` is the readout's."""
+
+    value: Any
+    steps: Tensor
+    halted: Tensor
+    carry: Carry
+
+
+Run = Callable[[Carry, int], Carry]
+Advance = Callable[[Carry], Carry]
+
+
+class Body(Protocol):
+    """What is computed? Law: rows in, rows out; the proposal has the shapes of the state."""
+
+    def __call__(self, state: State, context: Context, index: int, /) -> State: ...
+
+
+class Init(Protocol):
+    """Where does it start? Law: the state has the rows of the context; a row's start does not depend on the others."""
+
+    def __call__(self, context: Context, /) -> State: ...
+
+
+class Update(Protocol):
+    """How does a proposal become the next state?
+
+    Law, where `keeps_fixed_points` is True: with fresh memory, a proposal equal to the state changes nothing. The
+    standard GRU and LSTM cells break it by their equations and say so with False.
+    """
+
+    keeps_fixed_points: bool
+
+    def start(self, state: State, /) -> Memory: ...
+    def __call__(self, state: State, proposal: State, memory: Memory, /) -> tuple[State, Memory]: ...
+
+
+class Halt(Protocol):
+    """Which rows are done? Law: weights are not negative and those of a row sum to one when it stops.
+
+    The driver ignores verdicts on rows that have stopped, and readouts give what is missing to one at the cap to the
+    last state. `learned`: has parameters that need a gradient through the score. `stops`: may ever stop a row.
+    """
+
+    learned: bool
+    stops: bool
+
+    def start(self, state: State, rows: Rows, /) -> Memory: ...
+    def __call__(self, old: State, new: State, memory: Memory, index: int, /) -> tuple[Verdict, Memory]: ...
+
+
+class Readout(Protocol):
+    """What is returned? Law: folding in two pieces equals folding in one.
+
+    `weighted`: earlier states than the last reach the value.
+    """
+
+    weighted: bool
+
+    def start(self, state: State, rows: Rows, /) -> Memory: ...
+    def fold(self, folded: Memory, state: State, verdict: Verdict, alive: Tensor, /) -> Memory: ...
+    def finish(self, folded: Memory, carry: Carry, /) -> Any: ...
+
+
+class Grad(Protocol):
+    """Which steps are differentiated? Law: values equal a plain run's, unless `extra_steps` declares more steps.
+
+    `complete`: every step is differentiated, so that a learned halting rule is taught.
+    """
+
+    complete: bool
+    extra_steps: int
+
+    def __call__(self, run: Run, carry: Carry, steps: int, /) -> Carry: ...
+
+
+class Execute(Protocol):
+    """How are steps run? Law: equals the naive run in outputs and gradients."""
+
+    def __call__(self, advance: Advance, carry: Carry, steps: int, /) -> Carry: ...

@@ -1,0 +1,177 @@
+"""Checks of one part against the law of its slot.
+
+In: a part and material to try it on. Out: nothing, or an AssertionError with the broken law.
+Deliberately elsewhere: parts working together in a loop (`loopaware.testing.loops`).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from loopaware import execute, grad, tree
+from loopaware.loop import Loop
+from loopaware.protocols import Body, Execute, Grad, Halt, Init, Readout, Rows, State, Update, Verdict
+from loopaware.testing.naive import naive
+from loopaware.testing.tolerance import assert_close, batch_size, rows_of
+
+
+def check_module(part: Any) -> None:
+    """A part says what it is; its weights survive being saved and loaded, and copying.
+
+    >>> check_module(nn.Linear(1, 1))
+    """
+    text = repr(part)
+    assert type(part).__name__ in text and " at 0x" not in text, f"a repr names its class and no address: {text}"
+    if isinstance(part, nn.Module):
+        tensors = {name: value.contiguous() for name, value in part.state_dict().items() if isinstance(value, Tensor)}
+        twin = copy.deepcopy(part)
+        for parameter in twin.parameters():
+            nn.init.zeros_(parameter)
+        twin.load_state_dict(load(save(tensors)) if tensors else {})
+        for name, value in twin.state_dict().items():
+            assert_close(value, part.state_dict()[name], f"saved and loaded, {name} is as before")
+
+
+def check_alive(part: Any, value: Any) -> None:
+    """Every trainable parameter of `part` receives a gradient that is not zero from `value`."""
+    named = [(n, p) for n, p in part.named_parameters() if p.requires_grad] if isinstance(part, nn.Module) else []
+    if not named:
+        return
+    leaves = [leaf for leaf in tree.leaves(value) if leaf.requires_grad]
+    assert leaves, "the value carries a gradient: nothing was differentiated"
+    noise = torch.Generator().manual_seed(7)
+    loss = sum((leaf * torch.randn(leaf.shape, generator=noise, dtype=leaf.dtype)).sum() for leaf in leaves)
+    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
+    dead = [name for (name, _), g in zip(named, found, strict=True) if g is None or not g.abs().sum() > 0]
+    assert not dead, f"every trainable parameter receives a gradient: none in {dead}"
+
+
+def check_init(part: Init, context: Any) -> None:
+    """An init keeps the rows of its context, starts each row alone, and is alive. Shapes: context leads with the batch."""
+    check_module(part)
+    check_alive(part, part(context))
+    still = copy.deepcopy(part).eval() if isinstance(part, nn.Module) else part
+    state = still(context)
+    x = tree.content(context)
+    for leaf in tree.leaves(state):
+        assert leaf.shape[:-1] == x.shape[:-1] and leaf.dtype == x.dtype, "rows and dtype of the context are kept"
+    assert_close(still(context), state, "evaluation starts the same way twice")
+    for item in range(batch_size(context)):
+        assert_close(still(rows_of(context, item, item + 1)), rows_of(state, item, item + 1), "a row starts alone")
+    if x.ndim > 2:
+        shorter = {**context, "x": x[:, :-1]} if isinstance(context, dict) else x[:, :-1]
+        assert_close(still(shorter), tree.map(lambda leaf: leaf[:, :-1], state), "positions behind do not matter")
+
+
+def check_body(body: Body, state: State, context: Any, index: int = 1) -> None:
+    """A body proposes rows for rows, each from its own sequence, and is alive."""
+    if isinstance(body, nn.Module):
+        check_module(body)
+    proposal = body(state, context, index)
+    assert tree.describe(proposal) == tree.describe(state), "a proposal has the shapes of the state"
+    check_alive(body, proposal)
+    for item in range(batch_size(state)):
+        alone = body(rows_of(state, item, item + 1), rows_of(context, item, item + 1), index)
+        assert_close(alone, rows_of(proposal, item, item + 1), "batch N equals batch 1")
+
+
+def check_update(part: Update, state: State, proposal: State) -> None:
+    """An update keeps fixed points if it says so, keeps rows apart, and is alive in what it returns over two steps."""
+    check_module(part)
+    still, memory = part(state, state, part.start(state))
+    held = all(torch.equal(one, two) for one, two in zip(tree.leaves(still), tree.leaves(state), strict=True))
+    assert held == part.keeps_fixed_points, "with fresh memory, proposal == state changes nothing, or the trait says no"
+    first, memory = part(state, proposal, part.start(state))
+    second, memory = part(first, proposal, memory)
+    assert tree.describe(second) == tree.describe(state), "an update keeps the shapes of the state"
+    check_alive(part, (first, second))
+    for item in range(batch_size(state)):
+        own, offer = rows_of(state, item, item + 1), rows_of(proposal, item, item + 1)
+        alone, held_memory = part(own, offer, part.start(own))
+        alone, _ = part(alone, offer, held_memory)
+        assert_close(alone, rows_of(second, item, item + 1), "batch N equals batch 1")
+    trees = part({"a": state, "b": (proposal,)}, {"a": proposal, "b": (state,)}, part.start({"a": state, "b": (state,)}))
+    assert_close(trees[0]["a"], first, "a state that is a tree is updated leaf by leaf")
+
+
+def check_halt(part: Halt, states: list[State], rows: Rows) -> None:
+    """A rule's weights are not negative and sum to one when it stops; rows are judged alone; learned ones are alive.
+
+    Args:
+        states: h_0, h_1, ..., each leading with the batch.
+        rows: as the loop would pass them.
+    """
+    check_module(part)
+    verdicts = judged(part, states, rows)
+    shape = tree.leaves(states[0])[0].shape[: rows.axes]
+    total, stopped = torch.zeros(shape, dtype=verdicts[0].weight.dtype), torch.zeros(shape, dtype=torch.bool)
+    for verdict in verdicts:
+        assert all(tensor.shape == shape for tensor in verdict), "a verdict speaks for each row"
+        assert verdict.stop.dtype == torch.bool and (verdict.weight >= 0).all(), "weights are not negative"
+        total = total + verdict.weight * ~stopped
+        stopped = stopped | verdict.stop
+        assert_close(total[stopped], torch.ones_like(total[stopped]), "weights sum to one when a row stops")
+        assert (total <= 1 + 1e-5).all(), "weights never sum to more than one"
+    assert part.stops or not stopped.any(), "a rule that never stops says so"
+    if part.learned:
+        check_alive(part, tuple(verdict.score for verdict in verdicts))
+    for item in range(batch_size(states[0])):
+        own = Rows(rows.axes, None if rows.mask is None else rows.mask[item : item + 1])
+        alone = judged(part, [rows_of(state, item, item + 1) for state in states], own)
+        for one, all_rows in zip(alone, verdicts, strict=True):
+            assert_close(tuple(one), rows_of(tuple(all_rows), item, item + 1), "a row is judged alone")
+
+
+def judged(part: Halt, states: list[State], rows: Rows) -> list[Verdict]:
+    """The rule's verdicts along a trajectory."""
+    memory, verdicts = part.start(states[0], rows), []
+    for index, (old, new) in enumerate(zip(states, states[1:], strict=False)):
+        verdict, memory = part(old, new, memory, index)
+        verdicts.append(verdict)
+    return verdicts
+
+
+def check_readout(part: Readout, loop: Loop, context: Any) -> None:
+    """Folding in two pieces equals folding in one, wherever the cut; what is folded leads with the rows."""
+    check_module(part)
+    loop = loop.replace(readout=part)
+    whole = loop(context)
+    for leaf in tree.leaves(whole.carry.readout):
+        assert leaf.shape[: loop.rows] == whole.steps.shape, "what is folded leads with the row axes"
+    for cut in range(1, loop.max_steps):
+        piece = loop(context, max_steps=cut)
+        assert_close(loop(context, carry=piece.carry).value, whole.value, f"cut at step {cut}, the value is the same")
+
+
+def check_grad(part: Grad, loop: Loop, context: Any) -> None:
+    """Values equal a plain run's unless extra steps are declared; complete rules have the exact gradient; none is dead."""
+    check_module(part)
+    plain, own = loop.replace(grad=grad.Full()), loop.replace(grad=part)
+    expected, got = plain(context), own(context)
+    if part.extra_steps == 0:
+        assert_close((got.value, got.steps), (expected.value, expected.steps), "values equal a plain run's")
+    assert (got.steps - expected.steps <= part.extra_steps).all(), "no more steps than declared"
+    assert (got.steps <= loop.max_steps).all(), "the bound holds"
+    check_alive(own, got.value)
+    if part.complete:
+        names = [parameter for parameter in loop.parameters() if parameter.requires_grad]
+        pair = [torch.autograd.grad(tree.leaves(o.value)[0].sum(), names) for o in (got, expected)]
+        assert_close(pair[0], pair[1], "a complete rule has the exact gradient")
+    with torch.no_grad():
+        assert_close(own(context).value, plain(context).value, "without gradients it is a plain run")
+
+
+def check_execute(part: Execute, loop: Loop, context: Any) -> None:
+    """Equals the naive run in outputs and gradients."""
+    check_module(part)
+    got, expected = loop.replace(execute=part)(context), naive(loop.replace(execute=execute.Unrolled()), context)
+    assert_close(got[:3], expected[:3], "equals the naive run")
+    parameters = list(loop.parameters())
+    if parameters:
+        pair = [torch.autograd.grad(tree.leaves(o.value)[0].sum(), parameters) for o in (got, expected)]
+        assert_close(pair[0], pair[1], "has the gradients of the naive run")
