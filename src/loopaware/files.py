@@ -27,7 +27,8 @@ def write(path: str | Path, content: bytes | str) -> Path:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
         raise OSError(
             error.errno,
             f"{len(data):,} bytes must fit on the disk and be writable, got '{error.strerror}'. "
