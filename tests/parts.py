@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from loopaware import body, execute, grad, halt, init, readout, update
+from loopaware import body, execute, grad, halt, init, models, readout, update
+from loopaware import nn as blocks
 
 DIM = 6
 
@@ -83,4 +84,16 @@ PARTS = [
     Part("grad", "OneStep", grad.OneStep),
     Part("execute", "Unrolled", execute.Unrolled),
     Part("execute", "Eager", execute.Eager),
+    Part("nn", "Add", blocks.Add),
+    Part("nn", "Concat", lambda: blocks.Concat(DIM)),
+    Part("nn", "Gated", lambda: blocks.Gated(DIM)),
+    Part("nn", "Diagonal", lambda: blocks.Diagonal(DIM)),
+    Part("nn", "CrossAttention", lambda: blocks.CrossAttention(DIM, 2)),
+    Part("nn", "Attention", lambda: blocks.Attention(DIM, 2)),
+    Part("nn", "FeedForward", lambda: blocks.FeedForward(DIM)),
+    Part("nn", "SwiGLU", lambda: blocks.SwiGLU(DIM)),
+    Part("nn", "LayerNorm", lambda: blocks.LayerNorm(DIM)),
+    Part("nn", "RMSNorm", lambda: blocks.RMSNorm(DIM)),
+    Part("nn", "Block", lambda: blocks.Block(DIM, 2)),
+    Part("models", "Transformer", lambda: models.Transformer(2, DIM, 2)),
 ]

@@ -6,17 +6,20 @@ import importlib
 
 import pytest
 import torch
+
+from loopaware import Loop, Rows, body, execute, grad, halt, testing, update
 from parts import DIM, PARTS, Part, mixing
 
-from loopaware import Loop, Rows, body, execute, grad, halt, testing
-
 SLOTS = ("body", "init", "update", "halt", "readout", "grad", "execute")
-every_part = pytest.mark.parametrize("part", PARTS, ids=str)
+every_part = pytest.mark.parametrize("part", [part for part in PARTS if part.slot in SLOTS], ids=str)
 
 
 @pytest.fixture
 def context() -> torch.Tensor:
-    return torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1.0, 3.0])[:, None, None]
+    return (
+        torch.randn(3, 5, DIM, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([0.1, 1.0, 3.0])[:, None, None]
+    )
 
 
 def looped(part: Part, rows: int) -> Loop:
@@ -30,9 +33,62 @@ def some(slot: str):
     return pytest.mark.parametrize("part", [part for part in PARTS if part.slot == slot], ids=str)
 
 
+# What is exported by `nn` and acts on no state by itself: its tests are in test_nn.py, with the equations.
+BESIDE = {
+    "AttentionPositions",
+    "Relative",
+    "Rotary",
+    "LearnedPositions",
+    "Sinusoidal",
+    "adjacency",
+    "causal",
+    "padding",
+}
+AROUND = {"Placement", "Pre", "Post", "Sandwich", "Residual"}
+
+
 def test_every_exported_part_has_a_row():
     exported = {(slot, name) for slot in SLOTS for name in importlib.import_module(f"loopaware.{slot}").__all__}
+    exported |= {("nn", name) for name in set(importlib.import_module("loopaware.nn").__all__) - BESIDE - AROUND}
+    exported |= {("models", "Transformer")}
     assert exported == {(part.slot, part.name) for part in PARTS}
+
+
+def as_body(part: Part) -> torch.nn.Module:
+    """A block or fusion as the body of a loop."""
+    made = part.make()
+    if part.name in ("Block", "Transformer"):
+        return made
+    if part.name in ("Add", "Concat", "Gated", "Diagonal", "CrossAttention"):
+        return body.Injected(body.Called(torch.nn.Identity()), made)
+    return body.Called(made)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("part", [part for part in PARTS if part.slot in ("nn", "models")], ids=str)
+def test_blocks_and_models_keep_the_laws_as_bodies(part: Part, rows: int, context: torch.Tensor):
+    torch.manual_seed(0)
+    block = as_body(part)
+    testing.check_body(block, context.flip(0), context)
+    loop = Loop(block, 5, rows=rows, update=update.Damped(0.5), halt=halt.Converged(rtol=0.3))
+    testing.check_loop(loop, context)
+    torch._dynamo.reset()
+    testing.check_traceable(loop, context)
+
+
+@pytest.mark.parametrize("name", ["Block", "CrossAttention", "Transformer"])
+def test_padding_is_not_attended_to(name: str, context: torch.Tensor):
+    """A padded sequence in a batch equals the sequence alone without its padding."""
+    torch.manual_seed(0)
+    block = as_body(next(part for part in PARTS if part.name == name))
+    loop = Loop(block, 5, update=update.Damped(0.5), halt=halt.Converged(rtol=0.3))
+    mask = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
+    padded = torch.where(mask[..., None], context, torch.full_like(context, 7.0))
+    out = loop({"x": padded, "mask": mask}, mask=mask)
+    for item, length in enumerate([5, 3, 1]):
+        alone = loop({"x": context[item : item + 1, :length]})
+        testing.assert_close(alone.value, out.value[item : item + 1, :length], "padding changes nothing")
+        assert alone.steps.item() == out.steps[item].item()
 
 
 def refused(part: Part, rows: int) -> bool:
@@ -90,7 +146,9 @@ def test_halt(part: Part, rows: int, context: torch.Tensor):
     testing.check_halt(rule, states, Rows(rows))
     mask = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
     testing.check_halt(rule, states, Rows(rows, mask))
-    padded = [torch.where(mask[..., None], state, torch.full_like(state, 9.0 + step)) for step, state in enumerate(states)]
+    padded = [
+        torch.where(mask[..., None], state, torch.full_like(state, 9.0 + step)) for step, state in enumerate(states)
+    ]
     clean = testing.parts.judged(rule, states, Rows(rows, mask))
     real = mask if rows == 2 else mask.any(1)
     for verdict, other in zip(testing.parts.judged(rule, padded, Rows(rows, mask)), clean, strict=True):

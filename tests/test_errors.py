@@ -61,14 +61,18 @@ def test_a_bound_given_to_a_call_is_checked():
     ],
 )
 def test_a_body_that_changes_the_shape(function, got):
-    with pytest.raises(ValueError, match=rf"proposal must have the shape of the state \(2, 5, 4\), got {got}\. Project"):
+    with pytest.raises(
+        ValueError, match=rf"proposal must have the shape of the state \(2, 5, 4\), got {got}\. Project"
+    ):
         Loop(function, 3)(X)
 
 
 def test_nan_in_the_state_names_step_and_rows():
     broken = X.clone()
     broken[1, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"finite, got nan or inf after 0 steps in rows \[1\]\. Look at the input"):
+    with pytest.raises(
+        FloatingPointError, match=r"finite, got nan or inf after 0 steps in rows \[1\]\. Look at the input"
+    ):
         Loop(half, 3)(broken)
     with pytest.raises(FloatingPointError, match=r"after 2 steps in rows \[\(0, 0\), .*update\.Damped"):
         Loop(lambda state, context, index: state / (1 - index), 3, rows=2)(X)
@@ -112,7 +116,9 @@ def test_states_and_contexts_that_are_none():
         Loop(half, 3, init=lambda context: None)(X)
     with pytest.raises(ValueError, match=r"must lead with the same 2 row axes, got \(\(2, 5, 4\), \(2,\)\)\."):
         Loop(half, 3, rows=2, init=lambda context: (context, context[:, 0, 0]))(X)
-    with pytest.raises(TypeError, match=r"state read by halt\.Linear must be one tensor, got dict\. Give the part a `read`"):
+    with pytest.raises(
+        TypeError, match=r"state read by halt\.Linear must be one tensor, got dict\. Give the part a `read`"
+    ):
         halt.Linear(4)(None, {"h": X}, Rows(), 0)
 
 
@@ -152,11 +158,16 @@ def test_grouped_sequences_would_wait_for_each_other():
 
 
 def test_recordings_need_a_loop_and_one_call():
-    with pytest.raises(ValueError, match=r"must contain a Loop, got Linear without one"), observe.record(torch.nn.Linear(1, 1)):
+    with (
+        pytest.raises(ValueError, match=r"must contain a Loop, got Linear without one"),
+        observe.record(torch.nn.Linear(1, 1)),
+    ):
         pass
     with observe.record(Loop(half, 3)) as tape:
         pass
-    with pytest.raises(ValueError, match=r"must hold one trajectory to be read by `only`, got \{'': 0\}\. Read it by name"):
+    with pytest.raises(
+        ValueError, match=r"must hold one trajectory to be read by `only`, got \{'': 0\}\. Read it by name"
+    ):
         _ = tape.only
 
 
@@ -176,9 +187,11 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="5 bytes must fit on the disk .* got 'No space left on device'. Free space or choose"):
+    with pytest.raises(
+        OSError, match="5 bytes must fit on the disk .* got 'No space left on device'. Free space or choose"
+    ):
         files.write(path, "after")
-    assert path.read_text() == "before" and os.listdir(tmp_path) == ["kept.txt"]
+    assert path.read_text() == "before" and [file.name for file in tmp_path.iterdir()] == ["kept.txt"]
 
 
 def test_a_folder_that_is_a_file(tmp_path):

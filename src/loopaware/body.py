@@ -7,11 +7,12 @@ body by itself. Deliberately elsewhere: the blocks and fusions (`loopaware.nn`),
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
 from loopaware import tree
+from loopaware.checks import shown
 from loopaware.protocols import Body, Context, State
 
 __all__ = ["Called", "Injected", "Stack", "Timed"]
@@ -25,7 +26,7 @@ class Injected(nn.Module):
 
     Args:
         block: a body.
-        fusion: `(state, x) -> state`, for example `nn.fusion.Add()`.
+        fusion: `(state, x) -> state`, for example `nn.Add()`; one with `masked = True` is given the context's mask too.
 
     Shapes: state (*rows, ..., d), x as the fusion asks.
 
@@ -37,13 +38,16 @@ class Injected(nn.Module):
     tensor([0.7616])
     """
 
-    def __init__(self, block: Body, fusion: Callable[[State, Tensor], State]):
+    def __init__(self, block: Body, fusion: Callable[..., State]):
         super().__init__()
         self.block = block
         self.fusion = fusion
 
     def forward(self, state: State, context: Context, index: int) -> State:
-        return self.block(self.fusion(state, tree.content(context)), context, index)
+        x = tree.content(context)
+        if getattr(self.fusion, "masked", False) and isinstance(context, Mapping):
+            return self.block(self.fusion(state, x, context.get("mask")), context, index)
+        return self.block(self.fusion(state, x), context, index)
 
 
 class Timed(nn.Module):
@@ -95,7 +99,9 @@ class Stack(nn.Module):
         super().__init__()
         if not bodies:
             raise ValueError("a Stack must hold at least one body, got none. Pass Stack(first, second, ...).")
-        self.bodies = nn.ModuleList(body if isinstance(body, nn.Module) else Called(body, whole=True) for body in bodies)
+        self.bodies = nn.ModuleList(
+            body if isinstance(body, nn.Module) else Called(body, whole=True) for body in bodies
+        )
 
     def forward(self, state: State, context: Context, index: int) -> State:
         for body in self.bodies:
@@ -127,5 +133,5 @@ class Called(nn.Module):
         return self.function(state, context, index) if self.whole else self.function(state)
 
     def extra_repr(self) -> str:
-        name = "" if isinstance(self.function, nn.Module) else getattr(self.function, "__name__", repr(self.function))
+        name = "" if isinstance(self.function, nn.Module) else shown(self.function)
         return ", ".join(filter(None, [name, "whole=True" if self.whole else ""]))

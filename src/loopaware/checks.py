@@ -70,12 +70,17 @@ def same_shape(proposal: Any, state: Any) -> Any:
     return tree.map(lambda new, old: new.to(old.dtype), proposal, state)
 
 
+def shown(part: Any) -> str:
+    """A part in a repr: a function by its name, everything else as it shows itself."""
+    return getattr(part, "__qualname__", None) or repr(part)
+
+
 def fitting(loop: Any) -> None:
     """Refuse pairs of parts that cannot work together, by the traits they declare."""
     if loop.halt.learned and not loop.grad.complete:
         raise ValueError(
             f"grad must differentiate every step when halting is learned, got {loop.grad!r} with {loop.halt!r}. "
-            "The halting head would learn nothing: take grad.Full() or grad.Checkpointed(), or a rule without parameters."
+            "The halting head would learn nothing: take grad.Full(), grad.Checkpointed() or a rule without parameters."
         )
     if loop.readout.weighted and loop.grad.extra_steps:
         raise ValueError(

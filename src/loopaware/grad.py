@@ -8,7 +8,6 @@ rule says. Without gradients (`torch.no_grad`) every rule is a plain run. Delibe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -30,8 +29,8 @@ class Full:
     3
     """
 
-    complete: ClassVar[bool] = True
-    extra_steps: ClassVar[int] = 0
+    complete = True
+    extra_steps = 0
 
     def __call__(self, run: Run, carry: Carry, steps: int) -> Carry:
         return run(carry, steps)
@@ -56,8 +55,8 @@ class Checkpointed:
     tensor(3.)
     """
 
-    complete: ClassVar[bool] = True
-    extra_steps: ClassVar[int] = 0
+    complete = True
+    extra_steps = 0
     every: int = 1
 
     def __post_init__(self):
@@ -91,8 +90,8 @@ class Truncated:
     False
     """
 
-    complete: ClassVar[bool] = False
-    extra_steps: ClassVar[int] = 0
+    complete = False
+    extra_steps = 0
     last: int = 4
 
     def __post_init__(self):
@@ -142,8 +141,8 @@ class OneStep:
     1
     """
 
-    complete: ClassVar[bool] = False
-    extra_steps: ClassVar[int] = 1
+    complete = False
+    extra_steps = 1
 
     def __call__(self, run: Run, carry: Carry, steps: int) -> Carry:
         if steps < 1 or not torch.is_grad_enabled():

@@ -19,14 +19,14 @@ from loopaware import init as inits
 from loopaware import readout as readouts
 from loopaware import tree
 from loopaware import update as updates
-from loopaware.checks import bounded, fitting, real_positions, row_shape, same_shape
+from loopaware.checks import bounded, fitting, real_positions, row_shape, same_shape, shown
 from loopaware.protocols import Body, Carry, Context, Execute, Grad, Halt, Init, Output, Readout, Rows, Update, Verdict
 
 
 class Loop(nn.Module):
     """A body that runs again and again on a state until each row's rule stops it, at most `max_steps` times.
 
-    h_0 = init(x);  h_t = update(h_{t-1}, body(h_{t-1}, x, t-1));  stop when halt(h_{t-1}, h_t);  value = readout(h_1..h_T)
+    h_0 = init(x);  h_t = update(h_{t-1}, body(h_{t-1}, x, t-1));  stop if halt(h_{t-1}, h_t);  value = readout(h_1..T)
 
     `Loop(body, max_steps)` alone is a weight-tied stack. A loop is a module, so a body may contain loops.
 
@@ -115,7 +115,9 @@ class Loop(nn.Module):
         if carry is None:
             carry = self.start(context, mask)
         elif mask is not None:
-            raise ValueError("mask must be None when a carry is given, got both. The carry holds the mask it began with.")
+            raise ValueError(
+                "mask must be None when a carry is given, got both. The carry holds the mask it began with."
+            )
 
         def run(carry: Carry, steps: int) -> Carry:
             return self.execute(lambda now: self.advance(now, context), carry, steps)
@@ -144,4 +146,4 @@ class Loop(nn.Module):
 
     def extra_repr(self) -> str:
         slots = ("max_steps", "rows", "body", "init", "update", "halt", "readout", "grad", "execute")
-        return ", ".join(f"{slot}={getattr(self, slot)!r}" for slot in slots if slot not in self._modules)
+        return ", ".join(f"{slot}={shown(getattr(self, slot))}" for slot in slots if slot not in self._modules)

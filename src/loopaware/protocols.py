@@ -4,7 +4,7 @@ Terms used everywhere:
 
 - *state*: a tensor or a tree of tensors (`loopaware.tree`), each leading with the row axes.
 - *context*: what stays the same during a loop: a tensor `x`, or a mapping with `x` and, where a body reads them,
-  `mask` (attention: True may be attended to) and `memory` (what cross-attention looks at).
+  `mask` (attention: True may be attended to), `memory` (what cross-attention looks at) and `memory_mask`.
 - *rows*: the leading axes that halt by themselves: 1 = sequences, 2 = tokens. Behind them come positions and, last,
   features.
 - *index*: how many steps were taken before this one; the first step has index 0.
@@ -92,7 +92,7 @@ class Carry(NamedTuple):
     alive: Tensor
     halted: Tensor
     steps: Tensor
-    index: int = 0
+    index: int = 0  # pyright: ignore[reportIncompatibleMethodOverride] - the word of the field
 
 
 class Output(NamedTuple):
@@ -127,7 +127,8 @@ class Update(Protocol):
     standard GRU and LSTM cells break it by their equations and say so with False.
     """
 
-    keeps_fixed_points: bool
+    @property
+    def keeps_fixed_points(self) -> bool: ...
 
     def start(self, state: State, /) -> Memory: ...
     def __call__(self, state: State, proposal: State, memory: Memory, /) -> tuple[State, Memory]: ...
@@ -140,8 +141,10 @@ class Halt(Protocol):
     last state. `learned`: has parameters that need a gradient through the score. `stops`: may ever stop a row.
     """
 
-    learned: bool
-    stops: bool
+    @property
+    def learned(self) -> bool: ...
+    @property
+    def stops(self) -> bool: ...
 
     def start(self, state: State, rows: Rows, /) -> Memory: ...
     def __call__(self, old: State, new: State, memory: Memory, index: int, /) -> tuple[Verdict, Memory]: ...
@@ -153,7 +156,8 @@ class Readout(Protocol):
     `weighted`: earlier states than the last reach the value.
     """
 
-    weighted: bool
+    @property
+    def weighted(self) -> bool: ...
 
     def start(self, state: State, rows: Rows, /) -> Memory: ...
     def fold(self, folded: Memory, state: State, verdict: Verdict, alive: Tensor, /) -> Memory: ...
@@ -166,8 +170,10 @@ class Grad(Protocol):
     `complete`: every step is differentiated, so that a learned halting rule is taught.
     """
 
-    complete: bool
-    extra_steps: int
+    @property
+    def complete(self) -> bool: ...
+    @property
+    def extra_steps(self) -> int: ...
 
     def __call__(self, run: Run, carry: Carry, steps: int, /) -> Carry: ...
 

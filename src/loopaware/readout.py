@@ -8,7 +8,7 @@ carry, so a loop may be cut anywhere: folding in two pieces equals folding in on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class Last:
     True
     """
 
-    weighted: ClassVar[bool] = False
+    weighted = False
 
     def start(self, state: State, rows: Rows) -> None: ...
     def fold(self, folded: None, state: State, verdict: Verdict | None, alive: Tensor | None) -> None: ...
@@ -51,7 +51,7 @@ class Weighted:
     tensor([[3.]])
     """
 
-    weighted: ClassVar[bool] = True
+    weighted = True
 
     def start(self, state: State, rows: Rows) -> Memory:
         return tree.map(torch.zeros_like, state), rows.zeros(state)
@@ -76,7 +76,7 @@ class Every:
     3
     """
 
-    weighted: ClassVar[bool] = False
+    weighted = False
 
     def start(self, state: State, rows: Rows) -> tuple[State, ...]:
         return ()
@@ -99,7 +99,7 @@ class Stacked:
     torch.Size([3, 1, 2])
     """
 
-    weighted: ClassVar[bool] = False
+    weighted = False
 
     def start(self, state: State, rows: Rows) -> tuple[State, ...]:
         return ()

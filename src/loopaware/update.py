@@ -8,7 +8,6 @@ leaf by leaf; updates with parameters share them among leaves of the same featur
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class Replace:
     (tensor([1.]), None)
     """
 
-    keeps_fixed_points: ClassVar[bool] = True
+    keeps_fixed_points = True
 
     def start(self, state: State) -> None: ...
     def __call__(self, state: State, proposal: State, memory: None) -> tuple[State, None]:
@@ -85,7 +84,7 @@ class Damped:
     (tensor([0.8000]), None)
     """
 
-    keeps_fixed_points: ClassVar[bool] = True
+    keeps_fixed_points = True
     rate: float = 0.5
 
     def __post_init__(self):
@@ -232,7 +231,7 @@ class Momentum:
     (tensor([1.5000]), tensor([1.5000]))
     """
 
-    keeps_fixed_points: ClassVar[bool] = True
+    keeps_fixed_points = True
     momentum: float = 0.9
     rate: float = 1.0
 

@@ -8,7 +8,9 @@ from cyclopts import App, Parameter
 
 from loopaware.recipes import RECIPES
 
-app = App(name="run", help="Run a recipe: train, measure, and write a report. `loopaware recipes` tells what they show.")
+app = App(
+    name="run", help="Run a recipe: train, measure, and write a report. `loopaware recipes` tells what they show."
+)
 for name, recipe in RECIPES.items():
     app.command(recipe.function, name=name, help=recipe.shows)
 

@@ -138,7 +138,9 @@ class Grouped(nn.Module):
 
     def start(self, state: State, rows: Rows) -> Memory:
         if rows.axes < 2:
-            raise ValueError(f"rows must be at least 2 for halt.Grouped, got {rows.axes}. Sequences never wait for others.")
+            raise ValueError(
+                f"rows must be at least 2 for halt.Grouped, got {rows.axes}. Sequences never wait for others."
+            )
         return self.rule.start(state, rows), rows.real(state)
 
     def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:

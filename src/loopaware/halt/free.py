@@ -4,20 +4,19 @@ In: the states before and after a step. Out: a verdict whose weight is all on th
 Deliberately elsewhere: rules that are learned (`loopaware.halt.learned`), and rules made of rules
 (`loopaware.halt.combine`).
 
-A head is a callable `state -> logits` that belongs to the model and is trained there: a rule only reads with it, without
-gradients. A head that is a module is registered, so that it moves with the loop; it is shared, not copied.
+A head is a callable `state -> logits` that belongs to the model and is trained there: a rule only reads with it,
+without gradients. A head that is a module is registered, so that it moves with the loop; it is shared, not copied.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from loopaware.checks import between
+from loopaware.checks import between, shown
 from loopaware.halt.measure import Head, change, hard, log_probabilities, sizes
 from loopaware.protocols import Memory, Rows, State, Verdict
 
@@ -32,8 +31,8 @@ class Never:
     False
     """
 
-    learned: ClassVar[bool] = False
-    stops: ClassVar[bool] = False
+    learned = False
+    stops = False
 
     def start(self, state: State, rows: Rows) -> Memory:
         return rows.zeros(state)
@@ -61,8 +60,8 @@ class Converged:
     tensor([True])
     """
 
-    learned: ClassVar[bool] = False
-    stops: ClassVar[bool] = True
+    learned = False
+    stops = True
     rtol: float = 1e-3
     atol: float = 0.0
 
@@ -85,7 +84,7 @@ class Converged:
 
 
 class KL(nn.Module):
-    """Stop when the prediction has come to rest: KL(q_{t-1} || q_t) < threshold at every position, q = softmax(head(h)).
+    """Stop when the prediction has come to rest: KL(q_{t-1} || q_t) < threshold everywhere, q = softmax(head(h)).
 
     The safe training-free rule: it matches learned gates in language models and does not mistake an early sureness for
     an answer. The head is run once a step. Its score is the largest divergence, in nats.
@@ -126,7 +125,7 @@ class KL(nn.Module):
         return hard(score < self.threshold, score), (rows, now)
 
     def __repr__(self) -> str:
-        return f"KL(head={name(self.head)}, threshold={self.threshold})"
+        return f"KL(head={shown(self.head)}, threshold={self.threshold})"
 
 
 class Entropy(nn.Module):
@@ -169,7 +168,7 @@ class Entropy(nn.Module):
         return hard(score < self.threshold, score), memory
 
     def __repr__(self) -> str:
-        return f"Entropy(head={name(self.head)}, threshold={self.threshold})"
+        return f"Entropy(head={shown(self.head)}, threshold={self.threshold})"
 
 
 class Confidence(nn.Module):
@@ -214,9 +213,4 @@ class Confidence(nn.Module):
         return hard(score >= self.threshold, score), memory
 
     def __repr__(self) -> str:
-        return f"Confidence(head={name(self.head)}, threshold={self.threshold}, margin={self.margin})"
-
-
-def name(head: Head) -> str:
-    """A head in a rule's repr: a module whole, a function by its name."""
-    return repr(head) if isinstance(head, nn.Module) else getattr(head, "__name__", type(head).__name__)
+        return f"Confidence(head={shown(self.head)}, threshold={self.threshold}, margin={self.margin})"

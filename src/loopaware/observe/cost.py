@@ -87,13 +87,13 @@ def cost(loop: Loop, context: Any, mask: Tensor | None = None) -> Cost:
 
 def counted(function: Any, *arguments: Any) -> tuple[int, Any]:
     """The operations of a call, and its result."""
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attended}
+    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended}
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         result = function(*arguments)
     return counter.get_total_flops(), result
 
 
-def attended(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+def _attended(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Operations of attention on the CPU, which PyTorch's counter leaves out: q k^T and p v.
 
     Shapes: query (B, H, Tq, d), key (B, H, Tk, d), value (B, H, Tk, e).

@@ -54,8 +54,9 @@ class Tape(dict[str, list[Trajectory]]):
         """
         found = [trajectory for calls in self.values() for trajectory in calls]
         if len(found) != 1:
+            counts = {name: len(calls) for name, calls in self.items()}
             raise ValueError(
-                f"a tape must hold one trajectory to be read by `only`, got { {name: len(c) for name, c in self.items()} }. "
+                f"a tape must hold one trajectory to be read by `only`, got {counts}. "
                 "Read it by name: tape['encoder.loop'][0]."
             )
         return found[0]

@@ -20,7 +20,7 @@ class Recipe(NamedTuple):
 RECIPES = {
     "distances": Recipe(
         "loopaware.recipes.distances:run",
-        "Graph distances learned on 16 nodes and solved on 100: halting that is learned makes depth follow the problem; "
+        "Graph distances learned on 16 nodes and solved on 100: learned halting makes depth follow the problem; "
         "the same net at a fixed large depth, and an unshared stack, fail.",
         "4 minutes",
     ),

@@ -85,7 +85,9 @@ def check_stopped(loop: Loop, context: Any, mask: Tensor | None = None) -> None:
             assert torch.equal(now[~before.alive], then[~before.alive]), "a stopped row's state stays as it is"
         weights = carry.readout[1]
         assert (weights >= 0).all() and (weights <= 1 + 1e-5).all(), "weights never sum to more than one"
-        assert_close(weights[carry.halted], torch.ones_like(weights[carry.halted]), "weights of a stopped row sum to one")
+        assert_close(
+            weights[carry.halted], torch.ones_like(weights[carry.halted]), "weights of a stopped row sum to one"
+        )
         assert not weights[~real].any(), "padding has no weight"
 
 

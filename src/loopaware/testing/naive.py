@@ -1,7 +1,8 @@
 """The naive twin of the driver: one sequence at a time, rows held in Python lists, no masked arithmetic.
 
-In: a loop and a context. Out: what the loop must return under `execute.Unrolled`, which also goes to the bound. It shares the parts with the loop and none of its control:
-whatever the driver does with masks, this does with `if`. Slow, and meant to be read.
+In: a loop and a context. Out: what the loop must return under `execute.Unrolled`, which also goes to the bound.
+It shares the parts with the loop and none of its control: whatever the driver does with masks, this does with `if`.
+Slow, and meant to be read.
 """
 
 from __future__ import annotations

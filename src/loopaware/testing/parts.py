@@ -7,6 +7,7 @@ Deliberately elsewhere: parts working together in a loop (`loopaware.testing.loo
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import torch
@@ -45,14 +46,14 @@ def check_alive(part: Any, value: Any) -> None:
     leaves = [leaf for leaf in tree.leaves(value) if leaf.requires_grad]
     assert leaves, "the value carries a gradient: nothing was differentiated"
     noise = torch.Generator().manual_seed(7)
-    loss = sum((leaf * torch.randn(leaf.shape, generator=noise, dtype=leaf.dtype)).sum() for leaf in leaves)
-    found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True, retain_graph=True)
+    terms = [(leaf * torch.randn(leaf.shape, generator=noise, dtype=leaf.dtype)).sum() for leaf in leaves]
+    found = torch.autograd.grad(torch.stack(terms).sum(), [p for _, p in named], allow_unused=True, retain_graph=True)
     dead = [name for (name, _), g in zip(named, found, strict=True) if g is None or not g.abs().sum() > 0]
     assert not dead, f"every trainable parameter receives a gradient: none in {dead}"
 
 
 def check_init(part: Init, context: Any) -> None:
-    """An init keeps the rows of its context, starts each row alone, and is alive. Shapes: context leads with the batch."""
+    """An init keeps the rows of its context, starts each row alone, and is alive."""
     check_module(part)
     check_alive(part, part(context))
     still = copy.deepcopy(part).eval() if isinstance(part, nn.Module) else part
@@ -95,7 +96,9 @@ def check_update(part: Update, state: State, proposal: State) -> None:
         alone, held_memory = part(own, offer, part.start(own))
         alone, _ = part(alone, offer, held_memory)
         assert_close(alone, rows_of(second, item, item + 1), "batch N equals batch 1")
-    trees = part({"a": state, "b": (proposal,)}, {"a": proposal, "b": (state,)}, part.start({"a": state, "b": (state,)}))
+    trees = part(
+        {"a": state, "b": (proposal,)}, {"a": proposal, "b": (state,)}, part.start({"a": state, "b": (state,)})
+    )
     assert_close(trees[0]["a"], first, "a state that is a tree is updated leaf by leaf")
 
 
@@ -130,7 +133,7 @@ def check_halt(part: Halt, states: list[State], rows: Rows) -> None:
 def judged(part: Halt, states: list[State], rows: Rows) -> list[Verdict]:
     """The rule's verdicts along a trajectory."""
     memory, verdicts = part.start(states[0], rows), []
-    for index, (old, new) in enumerate(zip(states, states[1:], strict=False)):
+    for index, (old, new) in enumerate(itertools.pairwise(states)):
         verdict, memory = part(old, new, memory, index)
         verdicts.append(verdict)
     return verdicts
@@ -149,7 +152,7 @@ def check_readout(part: Readout, loop: Loop, context: Any) -> None:
 
 
 def check_grad(part: Grad, loop: Loop, context: Any) -> None:
-    """Values equal a plain run's unless extra steps are declared; complete rules have the exact gradient; none is dead."""
+    """Values equal a plain run's, or extra steps are declared; complete rules are exact; no gradient is dead."""
     check_module(part)
     plain, own = loop.replace(grad=grad.Full()), loop.replace(grad=part)
     expected, got = plain(context), own(context)

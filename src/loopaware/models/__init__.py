@@ -1,0 +1,9 @@
+"""Whole models, one file each, the paper cited on top.
+
+In: states or tokens, as each file says. Out: the same. Deliberately elsewhere: building blocks (`loopaware.nn`), tasks
+and training.
+"""
+
+from loopaware.models.transformer import Transformer
+
+__all__ = ["Transformer"]
