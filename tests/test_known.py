@@ -88,6 +88,11 @@ def test_the_residual_head_is_two_numbers():
     verdict, _ = rule(old, new, Rows(), 0)
     assert verdict.score.item() == pytest.approx(-slope * (math.log(0.5) + 3.0), rel=1e-5)
     assert sum(p.numel() for p in rule.parameters()) == 2
+    for detach in (False, True):
+        new.requires_grad_(True)
+        score = halt.Residual(detach=detach)(old, new, Rows(), 0)[0].score
+        (moved,) = torch.autograd.grad(score.sum(), new, allow_unused=True)
+        assert (moved is None) == detach
     assert halt.Residual(threshold=0.9).cut == pytest.approx(math.log(9))
 
 

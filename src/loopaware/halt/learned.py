@@ -24,13 +24,15 @@ class Residual(nn.Module):
     """Stop when the change is small, how small being learned: logit = -a (log max |h_t - h_{t-1}| / |h_t| - b).
 
     Two numbers, a = softplus(raw) and b. It reads how the state moves and not what the state is, so it carries over to
-    inputs far longer than those of training, where a head on the state stops too early. The residual is taken as it
-    is: no gradient flows into the body through it.
+    inputs far longer than those of training, where a head on the state stops too early. Its gradient reaches the body
+    through the residual, and teaches the state to come to rest when the answer is right: without it (`detach`), graph
+    distances stop five steps late and at 64 nodes less reliably.
 
     Args:
         threshold: stop at this probability.
         slope: raw before training, a = softplus(slope).
         level: b before training, the log of the relative change at which p = 1/2.
+        detach: let no gradient flow into the body.
 
     Shapes: states (*rows, ..., d).
 
@@ -44,8 +46,9 @@ class Residual(nn.Module):
     learned = True
     stops = True
 
-    def __init__(self, threshold: float = 0.5, slope: float = 1.0, level: float = -3.0):
+    def __init__(self, threshold: float = 0.5, slope: float = 1.0, level: float = -3.0, detach: bool = False):
         super().__init__()
+        self.detach = detach
         self.cut = logit(threshold)
         self.slope = nn.Parameter(torch.tensor(float(slope)))
         self.level = nn.Parameter(torch.tensor(float(level)))
@@ -54,13 +57,14 @@ class Residual(nn.Module):
         return rows
 
     def forward(self, old: State, new: State, memory: Rows, index: int) -> tuple[Verdict, Rows]:
-        with torch.no_grad():
-            residual = change(old, new, memory).clamp(min=1e-8).log()
+        if self.detach:
+            old, new = tree.detach((old, new))
+        residual = change(old, new, memory).clamp(min=1e-8).log()
         score = -nn.functional.softplus(self.slope) * (residual - self.level)
         return hard(score >= self.cut, score), memory
 
     def extra_repr(self) -> str:
-        return f"threshold={1 / (1 + math.exp(-self.cut)):.4g}"
+        return f"threshold={1 / (1 + math.exp(-self.cut)):.4g}, detach={self.detach}"
 
 
 class Linear(nn.Module):
