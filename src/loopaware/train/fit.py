@@ -72,8 +72,7 @@ def fit(
     model.train()
     with Progress(steps, done, progress and accelerator.is_main_process) as bar:
         for step in range(done, steps):
-            generator = seeded(seed, step, accelerator.process_index)
-            batch = moved(batches(step, generator), accelerator.device)
+            batch = moved(batches(step, seeded(seed, step, accelerator.process_index)), accelerator.device)
             rate(optimizer, schedule(step, steps))
             loss, metrics = objective(wrapped, batch, step)
             stepping.zero_grad()
