@@ -6,9 +6,11 @@ In: lines of metrics. Out: what a person at a terminal sees; nothing elsewhere. 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
+Item = TypeVar("Item")
 SHOWN = ("loss", "accuracy", "steps")
 
 
@@ -50,3 +52,15 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def within(bar: Progress, items: Iterable[Item]) -> Iterator[Item]:
+    """The items one by one, each a step of the bar.
+
+    >>> list(within(Progress(2, done=0, wanted=False), "ab"))
+    ['a', 'b']
+    """
+    with bar:
+        for item in items:
+            yield item
+            bar.advance()

@@ -1,0 +1,9 @@
+"""Data that loops are tried on: one file per task, with its test sets and its own measure.
+
+In: sizes and a generator of random numbers. Out: named tuples of tensors. Deliberately elsewhere: models, losses and
+training (`loopaware.train`, `loopaware.recipes`).
+"""
+
+from loopaware.tasks import graphs
+
+__all__ = ["graphs"]
