@@ -1,8 +1,8 @@
-"""ALBERT, the pretrained transformer that is a loop: Z. Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of
-Language Representations", 2019, arXiv 1909.11942.
+"""ALBERT: Z. Lan et al., "ALBERT: A Lite BERT for Self-supervised Learning of Language Representations", 2019, arXiv
+1909.11942. A pretrained transformer that is a loop.
 
-In: token ids (B, T) and a mask of the real ones. Out: logits over the vocabulary for each position. One layer is applied
-N times; embeddings are narrower than the state and are shared with the head. The paper's sentence-order head, which
+In: token ids (B, T) and a mask of the real ones. Out: logits over the vocabulary for each position. One layer is
+applied N times; embeddings are narrower than the state and shared with the head. The paper's sentence-order head, which
 masked language modelling does not use, is left out. Deliberately elsewhere: tokenizers and where released weights come
 from (`loopaware.tasks`).
 """
@@ -86,7 +86,7 @@ class Albert(nn.Module):
     Raises:
         ValueError: a size is below 1, heads do not divide dim, or a sequence is longer than `positions`.
 
-    References: as above.
+    References: Z. Lan et al., as above.
 
     >>> model = Albert(vocabulary=11, dim=8, heads=2)
     >>> out = model(torch.tensor([[1, 2, 3]]))

@@ -95,9 +95,9 @@ def report(results: list[Result], plan: dict[str, Any], shown: tuple[graphs.Grap
 CAPTION = "Share of graphs right: the mean over seeds, and the smallest and largest where they differ."
 
 READING = """The learned halt and the KL stop end each graph by itself; both were run so. The learned halt reads \
-only how much the state still changes, two numbers, taught by "is the whole graph right now?". The fixed depths are the same \
-nets, run for {shallow} loops, as many as there are nodes in training, and for {deep}. The unshared stack has {layers} \
-blocks of its own and was trained for as many steps."""
+only how much the state still changes, two numbers, taught by "is the whole graph right now?". The fixed depths are \
+the same nets, run for {shallow} loops, as many as there are nodes in training, and for {deep}. The unshared stack has \
+{layers} blocks of its own and was trained for as many steps."""
 
 
 def table(results: list[Result]) -> list[list[str]]:
