@@ -84,12 +84,20 @@ def test_files_and_functions_are_short(path: Path):
 
 @every_file
 def test_nothing_is_pickled(path: Path):
-    for node in ast.walk(parsed(path)):
+    """Nothing writes pickles; released ones are read by PyTorch's restricted reader alone."""
+    nodes = list(ast.walk(parsed(path)))
+    restricted = [
+        node.func
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and any(word.arg == "weights_only" and ast.unparse(word.value) == "True" for word in node.keywords)
+    ]
+    for node in nodes:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
             assert not names & {"pickle", "dill", "joblib", "shelve"}, f"{path.name}: line {node.lineno}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            assert node.attr not in ("save", "load"), f"{path.name}: line {node.lineno}"
+            assert node.attr not in ("save", "load") or node in restricted, f"{path.name}: line {node.lineno}"
 
 
 @every_file

@@ -34,11 +34,11 @@ CHUNK = 50
 class Looped(nn.Module):
     """One block in a loop, with the source re-injected, a head for each node, and a halting rule of two numbers."""
 
-    def __init__(self, dim: int, heads: int, deep: int):
+    def __init__(self, dim: int, heads: int, deep: int, detach: bool = False):
         super().__init__()
         self.embedding = nn.Embedding(2, dim)
         self.head = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, CLASSES))
-        self.rule = halt.Residual()
+        self.rule = halt.Residual(detach=detach)
         block = body.Injected(Block(dim, heads, placement=Post()), Add())
         self.loop = Loop(block, deep, init=init.Zeros(), halt=halt.Watched(self.rule))
 
@@ -71,6 +71,7 @@ class Plan(NamedTuple):
     layers: int
     rate: float
     deep: int
+    detach: bool = False
 
 
 def run(
@@ -87,6 +88,7 @@ def run(
     rate: float = 2e-3,
     deep: int = 128,
     divergence: float = 1e-3,
+    detach: bool = False,
     count: int = 100,
     threads: int = 1,
 ) -> None:
@@ -105,12 +107,13 @@ def run(
         rate: learning rate; the two halting numbers learn ten times as fast.
         deep: loops of the fixed large depth, and the bound of every loop.
         divergence: threshold of the KL stop, in nats.
+        detach: cut the gradient from the halting rule into the body; the state is then not taught to come to rest.
         count: test graphs of each size.
         threads: processor threads that PyTorch may use; nets this small gain nothing from more than one.
     """
     bounded("seeds", len(seeds), "Name at least one seed.")
     torch.set_num_threads(bounded("threads", threads, "Use at least one thread."))
-    plan = Plan(nodes, steps, batch, dim, heads, layers, rate, deep)
+    plan = Plan(nodes, steps, batch, dim, heads, layers, rate, deep, detach)
     tests = {size: graphs.held_out(count, size) for size in sizes}
     results, looped = [], None
     for number, seed in enumerate(seeds):
@@ -125,7 +128,7 @@ def trained(kind: type[Looped] | type[Stacked], plan: Plan, seed: int, folder: P
     """A net of one kind, trained or read from its finished run."""
     torch.manual_seed(seed)
     if kind is Looped:
-        net, objective = Looped(plan.dim, plan.heads, plan.deep), looped_loss
+        net, objective = Looped(plan.dim, plan.heads, plan.deep, plan.detach), looped_loss
         halting = list(net.rule.parameters())
         others = [weight for weight in net.parameters() if all(weight is not number for number in halting)]
         groups = [{"params": others}, {"params": halting, "lr": 10 * plan.rate, "weight_decay": 0.0}]

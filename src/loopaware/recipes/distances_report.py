@@ -92,7 +92,8 @@ def report(results: list[Result], plan: dict[str, Any], shown: tuple[graphs.Grap
     return page
 
 
-CAPTION = "Share of graphs right: the mean over seeds, and the smallest and largest where they differ."
+CAPTION = """Share of graphs right: the mean over seeds, and the smallest and largest where they differ. The loops are \
+those of the learned halt, the correlation is theirs with eccentricity."""
 
 READING = """The learned halt and the KL stop end each graph by itself; both were run so. The learned halt reads \
 only how much the state still changes, two numbers, taught by "is the whole graph right now?". The fixed depths are \
@@ -106,7 +107,7 @@ def table(results: list[Result]) -> list[list[str]]:
     rows = [[name, *(spread([r.sweeps[n].accuracy[name] for r in results]) for n in sizes)] for name in READERS]
     follows = [spread([r.sweeps[n].correlation for r in results], 3) for n in sizes]
     taken = [spread([r.sweeps[n].steps[LEARNED] for r in results], 1) for n in sizes]
-    return [*rows, ["loops at the learned halt", *taken], ["their correlation with eccentricity", *follows]]
+    return [*rows, ["loops at the halt", *taken], ["their correlation", *follows]]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -115,7 +116,7 @@ def spread(values: list[float], digits: int = 2) -> str:
         return "–"
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if low == high else f"{mean} ({low} to {high})"
+    return mean if low == high else f"{mean} ({low}–{high})"
 
 
 def show(results: list[Result]) -> None:
