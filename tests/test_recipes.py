@@ -28,6 +28,7 @@ def test_distances_end_to_end_and_again(tmp_path, capsys):
     first = (tmp_path / "results.json").read_bytes()
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") + page.count("data:image/png") >= 4 and "http" not in page.replace("http-equiv", "")
+    assert "The net of seed 1 stops it after" in page
     result = json.loads(first)["results"][0]
     assert set(result["sweeps"]) == {"5", "9"} and len(result["sweeps"]["9"]["by_loop"]) == 11
     assert len(result["sweeps"]["5"]["halted"]) == 7

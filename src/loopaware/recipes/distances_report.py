@@ -83,7 +83,7 @@ def report(results: list[Result], plan: dict[str, Any], shown: tuple[graphs.Grap
     one, said, stop = shown
     page.text(
         f"A test graph of {one.source.shape[-1]} nodes, of eccentricity {int(one.eccentricity)}, laid out by distance "
-        "from the source. The net of seed {results[-1].seed} stops it after {stop} loops."
+        f"from the source. The net of seed {results[-1].seed} stops it after {stop} loops."
     )
     page.frames(
         [frontier(one, classes) for classes in said],
