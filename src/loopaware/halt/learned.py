@@ -25,8 +25,8 @@ class Residual(nn.Module):
 
     Two numbers, a = softplus(raw) and b. It reads how the state moves and not what the state is, so it carries over to
     inputs far longer than those of training, where a head on the state stops too early. Its gradient reaches the body
-    through the residual, and teaches the state to come to rest when the answer is right: without it (`detach`), graph
-    distances stop five steps late and at 64 nodes less reliably.
+    through the residual and draws the state to rest when the answer is right; `detach` cuts it. On graph distances
+    both stop as they should (docs/recipes.md).
 
     Args:
         threshold: stop at this probability.
