@@ -4,6 +4,7 @@ In: states or tokens, as each file says. Out: the same. Deliberately elsewhere: 
 and training.
 """
 
+from loopaware.models.albert import Albert
 from loopaware.models.transformer import Transformer
 
-__all__ = ["Transformer"]
+__all__ = ["Albert", "Transformer"]
