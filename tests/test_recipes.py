@@ -65,6 +65,8 @@ def test_the_loop_of_padded_graphs_is_that_of_each_graph_alone():
 def test_distances_refuse_what_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="seeds must be at least 1, got 0. Name at least one seed"):
         distances.run(tmp_path, **{**TINY, "seeds": ()})
+    with pytest.raises(ValueError, match="extra must be at least 3, got 2. Without further loops nothing teaches"):
+        distances.run(tmp_path, **{**TINY, "extra": 2})
     with pytest.raises(ValueError, match="dim must be a positive multiple of heads, got 32 and 5"):
         distances.run(tmp_path, **{**TINY, "heads": 5})
 

@@ -27,6 +27,7 @@ from loopaware.train.fit import Objective
 from loopaware.train.progress import Progress, within
 
 CLASSES, LAST = 3, 4
+MORE = "Without further loops nothing teaches the state to rest."
 CHUNK = 50
 """Graphs that are tested at a time."""
 
@@ -72,6 +73,7 @@ class Plan(NamedTuple):
     rate: float
     deep: int
     detach: bool = False
+    extra: int = 10
 
 
 def run(
@@ -89,6 +91,7 @@ def run(
     deep: int = 128,
     divergence: float = 1e-3,
     detach: bool = False,
+    extra: int = 10,
     count: int = 100,
     threads: int = 1,
 ) -> None:
@@ -108,12 +111,13 @@ def run(
         deep: loops of the fixed large depth, and the bound of every loop.
         divergence: threshold of the KL stop, in nats.
         detach: cut the gradient from the halting rule into the body; the state is then not taught to come to rest.
+        extra: training loops each batch up to this many times more than its farthest node needs; 3 at least.
         count: test graphs of each size.
         threads: processor threads that PyTorch may use; nets this small gain nothing from more than one.
     """
     bounded("seeds", len(seeds), "Name at least one seed.")
     torch.set_num_threads(bounded("threads", threads, "Use at least one thread."))
-    plan = Plan(nodes, steps, batch, dim, heads, layers, rate, deep, detach)
+    plan = Plan(nodes, steps, batch, dim, heads, layers, rate, deep, detach, bounded("extra", extra, MORE, least=3))
     tests = {size: graphs.held_out(count, size) for size in sizes}
     results, looped = [], None
     for number, seed in enumerate(seeds):
@@ -155,7 +159,7 @@ def drawn(plan: Plan) -> Callable[[int, torch.Generator], tuple[graphs.Graphs, T
     def batches(step: int, generator: torch.Generator) -> tuple[graphs.Graphs, Tensor]:
         farthest = round(start + (end - start) * min(1.0, step / (0.6 * plan.steps)))
         batch = graphs.sample(plan.batch, plan.nodes, (1, farthest), generator=generator)
-        return batch, batch.eccentricity.max() + 1 + torch.randint(3, 11, (), generator=generator)
+        return batch, batch.eccentricity.max() + 1 + torch.randint(3, plan.extra + 1, (), generator=generator)
 
     return batches
 
