@@ -66,7 +66,7 @@ def report(results: list[Result], plan: dict[str, Any], shown: tuple[graphs.Grap
     page.table(("reader", *(f"{size} nodes" for size in results[0].sweeps)), table(results), caption=CAPTION)
     page.heading("Accuracy against size")
     page.figure(against_size(results), alt="Share of graphs right against their size, one curve for each reader.")
-    page.text(READING.format(shallow=plan["nodes"], deep=plan["deep"], layers=plan["layers"]))
+    page.text(READING.format(shallow=plan["nodes"], deep=plan["deep"], layers=plan["layers"], extra=plan["extra"]))
     page.heading("Depth follows the problem")
     page.figure(
         against_eccentricity(results),
@@ -98,7 +98,10 @@ those of the learned halt, the correlation is theirs with eccentricity."""
 READING = """The learned halt and the KL stop end each graph by itself; both were run so. The learned halt reads \
 only how much the state still changes, two numbers, taught by "is the whole graph right now?". The fixed depths are \
 the same nets, run for {shallow} loops, as many as there are nodes in training, and for {deep}. The unshared stack has \
-{layers} blocks of its own and was trained for as many steps."""
+{layers} blocks of its own and was trained for as many steps.
+
+Training ran every batch 3 to {extra} loops longer than its farthest node needs: nothing taught the state to hold for \
+longer than that, which is what the large depth asks of it."""
 
 
 def table(results: list[Result]) -> list[list[str]]:
