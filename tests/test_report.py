@@ -112,7 +112,7 @@ def test_user_text_is_never_markup(written):
 
 def test_numbers_are_right_aligned_and_words_are_not(written):
     report = Report("Table")
-    rows = [("learned", 13_000, 0.98, "0.98 ± 0.01", None), ("fixed", 7, float("nan"), "50 %", 1e-9)]
+    rows = [("learned", 13_000, 0.98, "0.98 ± 0.01", None), ("fixed", 7, float("nan"), "0.50 (0.41–0.59)", 1e-9)]
     report.table(("reader", "parameters", "right", "spread", "rest"), rows, caption="Sizes.")
     _, page = written(report)
     assert [cell.get("class") for cell in page.all("th")[:5]] == [None, "number", "number", "number", "number"]

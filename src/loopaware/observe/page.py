@@ -29,7 +29,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1
 caption { padding-bottom: .4rem; text-align: left; }
 th, td { border-bottom: 1px solid var(--line); padding: .3rem .9rem .3rem 0; text-align: left; vertical-align: top; }
 tbody th { font-weight: normal; }
-.number { padding: .3rem 0 .3rem .9rem; text-align: right; }
+.number { padding: .3rem .9rem; text-align: right; }
 td.number { white-space: nowrap; }
 .controls { align-items: center; display: flex; gap: .7rem; }
 .controls[hidden], .frames .off { display: none; }

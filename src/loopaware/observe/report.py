@@ -29,7 +29,7 @@ from loopaware.observe.page import page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_NUMBER = re.compile(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?\s*(%|x|×|±.*)?|nan|-?inf|–")
+_NUMBER = re.compile(r"[-+−]?\d[\d,.]*(e[-+]?\d+)?\s*(%|x|×|±.*|\(.*\))?|nan|-?inf|–")
 
 
 class Report:
