@@ -45,6 +45,12 @@ def test_a_finished_run_is_read_and_not_trained_again(tmp_path, monkeypatch):
     assert (tmp_path / "results.json").read_bytes() == first
 
 
+def test_nets_of_other_options_are_never_taken_for_these(tmp_path):
+    distances.run(tmp_path, **TINY)
+    with pytest.raises(ValueError, match=r"must hold a run with the settings \{'extra': 5\}, got \{'extra': 10\}"):
+        distances.run(tmp_path, **{**TINY, "extra": 5})
+
+
 def drawn_except_tests(sample, refuse):
     """Test sets name sizes of their own; training graphs have the plan's nodes."""
     return lambda count, nodes, *rest, **options: (

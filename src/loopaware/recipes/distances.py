@@ -146,7 +146,7 @@ def trained(kind: type[Looped] | type[Stacked], plan: Plan, seed: int, folder: P
         torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01),
         steps=plan.steps,
         schedule=train.Warmup(min(100, plan.steps), then=train.Drop(at=0.7, factor=0.2)),
-        journal=train.Journal(folder, log_every=10, save_every=50),
+        journal=train.Journal(folder, log_every=10, save_every=50, about=plan._asdict()),
         seed=seed,
     )
     return net.eval()

@@ -26,6 +26,7 @@ class Journal:
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints.
         tensorboard: write events into `folder/tensorboard` too (extra `train`).
+        about: what else makes the run what it is, as plain json values; a folder of a run that differs is refused.
 
     Raises:
         ValueError: an interval is below one.
@@ -35,11 +36,19 @@ class Journal:
     []
     """
 
-    def __init__(self, folder: str | Path, log_every: int = 10, save_every: int = 100, tensorboard: bool = False):
+    def __init__(
+        self,
+        folder: str | Path,
+        log_every: int = 10,
+        save_every: int = 100,
+        tensorboard: bool = False,
+        about: dict[str, Any] | None = None,
+    ):
         self.folder = Path(folder)
         self.log_every = bounded("log_every", log_every, "Give a number of steps.")
         self.save_every = bounded("save_every", save_every, "Give a number of steps.")
         self.tensorboard = tensorboard
+        self.about = {} if about is None else about
         self.writer: Any = None
 
     def open(self, settings: dict[str, Any]) -> dict[str, Any] | None:
@@ -48,7 +57,7 @@ class Journal:
         Raises:
             ValueError: the folder holds a run with other settings, or a broken checkpoint.
         """
-        file = self.folder / SETTINGS
+        file, settings = self.folder / SETTINGS, {**self.about, **settings}
         if file.exists():
             stored = parsed(file, file.read_text())
             other = {k: v for k, v in stored.items() if settings.get(k) != v}
