@@ -119,7 +119,7 @@ def test_states_and_contexts_that_are_none():
     with pytest.raises(
         TypeError, match=r"state read by halt\.Linear must be one tensor, got dict\. Give the part a `read`"
     ):
-        halt.Linear(4)(None, {"h": X}, Rows(), 0)
+        halt.Linear(4)(None, {"h": X}, (Rows(), None), 0)
 
 
 @pytest.mark.parametrize(

@@ -101,9 +101,11 @@ def test_linear_averages_real_positions():
     state = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [99.0, 99.0]]])
     mask = torch.tensor([[True, True, False]])
     expected = rule.head(torch.tensor([[2.0, 3.0]]))[:, 0]
-    testing.assert_close(rule(None, state, Rows(1, mask), 0)[0].score, expected, "padding is left out of the mean")
+    testing.assert_close(
+        rule(None, state, rule.start(state, Rows(1, mask)), 0)[0].score, expected, "padding is left out of the mean"
+    )
     picked = halt.Linear(2, read=lambda state: state["h"])
-    assert picked(None, {"h": state}, Rows(2), 0)[0].score.shape == (1, 3)
+    assert picked(None, {"h": state}, picked.start({"h": state}, Rows(2)), 0)[0].score.shape == (1, 3)
 
 
 def counting(*stops: list[bool]) -> tuple[list, object]:
@@ -112,7 +114,7 @@ def counting(*stops: list[bool]) -> tuple[list, object]:
     script = torch.tensor(stops)
 
     class Scripted:
-        learned, stops = False, True
+        learned, stops, mixes = False, True, False
 
         def start(self, state, rows):
             return None

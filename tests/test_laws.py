@@ -15,6 +15,12 @@ RULES = [
     halt.KL(lambda state: state, 1e-2),
     halt.Any(halt.Converged(rtol=0.05), halt.Confidence(lambda state: state, 0.6)),
 ]
+TAUGHT = [
+    halt.ACT(halt.Residual(level=0.0)),
+    halt.StickBreaking(halt.Residual(level=0.0), epsilon=0.1),
+    halt.Any(halt.ACT(halt.Residual(level=-1.0)), halt.Converged(rtol=0.2)),
+    halt.Patience(halt.StickBreaking(halt.Residual(level=0.0), epsilon=0.2), times=2),
+]
 UPDATES = [update.Replace(), update.Damped(0.5), update.Momentum(0.3)]
 
 
@@ -37,14 +43,17 @@ def test_any_loop_keeps_the_laws(data):
     batch, length, dim = (data.draw(draw.sampled_from(sizes)) for sizes in ([1, 3], [1, 3, 7], [2, 5]))
     torch.manual_seed(data.draw(draw.integers(0, 99)))
     rows = data.draw(draw.sampled_from([1, 2]))
+    rule = data.draw(draw.sampled_from(RULES + TAUGHT))
     loop = Loop(
         Contracting(dim, data.draw(draw.booleans())),
         data.draw(draw.integers(1, 6)),
         rows=rows,
         init=data.draw(draw.sampled_from([init.FromContext(), init.Zeros()])),
         update=data.draw(draw.sampled_from(UPDATES)),
-        halt=data.draw(draw.sampled_from(RULES)),
-        readout=data.draw(draw.sampled_from([readout.Last(), readout.Weighted()])),
+        halt=rule,
+        readout=data.draw(
+            draw.sampled_from([readout.Weighted()] if rule.mixes else [readout.Last(), readout.Weighted()])
+        ),
     )
     context = torch.randn(batch, length, dim)
     mask = torch.rand(batch, length) < 0.7 if data.draw(draw.booleans()) else None

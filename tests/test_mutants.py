@@ -66,7 +66,8 @@ def checked(module: types.ModuleType) -> None:
         halt=halt.Patience(halt.Converged(rtol=0.1), times=2),
         readout=readout.Weighted(),
     )
-    testing.check_loop(loop, context, mask=torch.arange(5) < torch.tensor([5, 3, 1])[:, None])
+    for rule in (loop.halt, halt.Converged(rtol=0.1)):
+        testing.check_loop(loop.replace(halt=rule), context, mask=torch.arange(5) < torch.tensor([5, 3, 1])[:, None])
 
 
 def test_the_driver_itself_passes():

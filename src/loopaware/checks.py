@@ -71,8 +71,18 @@ def same_shape(proposal: Any, state: Any) -> Any:
 
 
 def shown(part: Any) -> str:
-    """A part in a repr: a function by its name, everything else as it shows itself."""
-    return getattr(part, "__qualname__", None) or repr(part)
+    """A part in a repr or a message: a function by its name, everything else as it shows itself, on one line."""
+    return getattr(part, "__qualname__", None) or " ".join(repr(part).split())
+
+
+def logits(rule: Any, user: str) -> Any:
+    """A rule whose score is a logit that can be taught."""
+    if not rule.learned:
+        raise ValueError(
+            f"the rule in {user} must be learned, its score a logit, got {shown(rule)}. "
+            "Take halt.Linear(dim) or halt.Residual()."
+        )
+    return rule
 
 
 def fitting(loop: Any) -> None:
@@ -86,4 +96,9 @@ def fitting(loop: Any) -> None:
         raise ValueError(
             f"readout must return the last state when the gradient takes an extra step, got {loop.readout!r} "
             f"with {loop.grad!r}. Take readout.Last(), or grad.Full()."
+        )
+    if loop.halt.mixes and not loop.readout.weighted:
+        raise ValueError(
+            f"readout must see the halting weights when they are spread over the steps, got {loop.readout!r} "
+            f"with {shown(loop.halt)}. The last state alone teaches the rule nothing: take readout.Weighted()."
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loopaware import tree
+from loopaware import noise, tree
 from loopaware.checks import between, bounded
 from loopaware.protocols import Context
 
@@ -121,11 +121,11 @@ class Gaussian(nn.Module):
         x = tree.content(context)
         dim = x.shape[-1] if self.dim is None else self.dim
         if self.training:
-            noise = torch.randn(*x.shape[:-1], dim, generator=self.generator)
-            return (self.std * noise).to(x)
+            drawn = torch.randn(*x.shape[:-1], dim, generator=self.generator)
+            return (self.std * drawn).to(x)
         count = math.prod(x.shape[1:-1]) * dim
-        noise = normal(torch.arange(count, device=x.device), self.seed).view(*x.shape[1:-1], dim)
-        return (self.std * noise).to(x).expand(*x.shape[:-1], dim).clone()
+        drawn = noise.normal(torch.arange(count, device=x.device), self.seed).view(*x.shape[1:-1], dim)
+        return (self.std * drawn).to(x).expand(*x.shape[:-1], dim).clone()
 
     def get_extra_state(self) -> Tensor:
         return self.generator.get_state()
@@ -158,18 +158,3 @@ class Projected(nn.Module):
 
     def forward(self, context: Context) -> Tensor:
         return self.linear(tree.content(context))
-
-
-def normal(place: Tensor, seed: int) -> Tensor:
-    """A standard normal number for each integer, by a hash: the same whatever else is drawn, and traceable."""
-    start = scramble(torch.full_like(place, seed) + 0x9E3779B9)
-    mixed = scramble(place * 0x9E3779B1 + start)
-    return math.sqrt(2) * torch.erfinv((2 * mixed.double() + 1) / 2**32 - 1)
-
-
-def scramble(bits: Tensor) -> Tensor:
-    """The finaliser of MurmurHash3 on the low 32 bits (A. Appleby, public domain)."""
-    bits = bits & 0xFFFFFFFF
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        bits = ((bits ^ (bits >> shift)) * factor) & 0xFFFFFFFF
-    return bits

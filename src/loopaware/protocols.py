@@ -138,13 +138,16 @@ class Halt(Protocol):
     """Which rows are done? Law: weights are not negative and those of a row sum to one when it stops.
 
     The driver ignores verdicts on rows that have stopped, and readouts give what is missing to one at the cap to the
-    last state. `learned`: has parameters that need a gradient through the score. `stops`: may ever stop a row.
+    last state. `learned`: has parameters that need a gradient through the score. `stops`: may ever stop a row. `mixes`:
+    spreads its weights over the steps, so that the readout must be a weighted one.
     """
 
     @property
     def learned(self) -> bool: ...
     @property
     def stops(self) -> bool: ...
+    @property
+    def mixes(self) -> bool: ...
 
     def start(self, state: State, rows: Rows, /) -> Memory: ...
     def __call__(self, old: State, new: State, memory: Memory, index: int, /) -> tuple[Verdict, Memory]: ...

@@ -16,7 +16,7 @@ from torch import Tensor
 from loopaware import tree
 from loopaware.protocols import Carry, Memory, Rows, State, Verdict
 
-__all__ = ["Every", "Last", "Stacked", "Weighted"]
+__all__ = ["Every", "Last", "Stacked", "Tensor2Tensor", "Weighted"]
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,42 @@ class Weighted:
     weighted = True
 
     def start(self, state: State, rows: Rows) -> Memory:
-        return tree.map(torch.zeros_like, state), rows.zeros(state)
+        return tree.map(blank, state), rows.zeros(state)
 
     def fold(self, folded: Memory, state: State, verdict: Verdict, alive: Tensor) -> Memory:
-        total, weight = folded[1] + verdict.weight, verdict.weight
-        return tree.map(lambda sum_, h: sum_ + tree.expand(weight, h).to(h.dtype) * h, folded[0], state), total
+        return added(folded[0], verdict.weight, state), folded[1] + verdict.weight
 
     def finish(self, folded: Memory, carry: Carry) -> State:
-        rest = 1 - folded[1]
-        return tree.map(lambda sum_, h: sum_ + tree.expand(rest, h).to(h.dtype) * h, folded[0], carry.state)
+        whole = added(folded[0], 1 - folded[1], carry.state)
+        return tree.map(lambda sum_, h: sum_.to(h.dtype), whole, carry.state)
+
+
+@dataclass(frozen=True)
+class Tensor2Tensor:
+    """tensor2tensor's recursive mix: value_t = p_t h_t + (1 - p_t) value_{t-1}, value_0 = 0.
+
+    To reproduce its Universal Transformers with `halt.ACT`, and for nothing else: later steps take from earlier ones,
+    and nothing is given back at the bound, so the weights do not sum to one. Shares of .3, .3, .3 and .1 end as .132,
+    .189, .270 and .100, which sum to .69.
+
+    References: A. Vaswani et al., "Tensor2Tensor for Neural Machine Translation", 2018, arXiv 1803.07416
+    (models/research/universal_transformer_util.py).
+
+    >>> from loopaware import Loop
+    >>> Loop(lambda state, context, index: state + 1, max_steps=3, readout=Tensor2Tensor())(torch.zeros(1, 1)).value
+    tensor([[0.]])
+    """
+
+    weighted = True
+
+    def start(self, state: State, rows: Rows) -> State:
+        return tree.map(blank, state)
+
+    def fold(self, folded: State, state: State, verdict: Verdict, alive: Tensor) -> State:
+        return added(tree.map(lambda v: v * tree.expand(1 - verdict.weight, v), folded), verdict.weight, state)
+
+    def finish(self, folded: State, carry: Carry) -> State:
+        return tree.map(lambda v, h: v.to(h.dtype), folded, carry.state)
 
 
 @dataclass(frozen=True)
@@ -111,3 +138,13 @@ class Stacked:
         if not folded:
             return tree.map(lambda h: h[None][:0], carry.state)
         return tree.map(lambda *steps: torch.stack(steps), *folded)
+
+
+def blank(leaf: Tensor) -> Tensor:
+    """Zeros to sum into, in at least float32."""
+    return torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+
+
+def added(total: State, weight: Tensor, state: State) -> State:
+    """The sum total + weight * state, leaf by leaf. Shapes: weight (*rows)."""
+    return tree.map(lambda sum_, h: sum_ + tree.expand(weight, sum_).to(sum_.dtype) * h, total, state)

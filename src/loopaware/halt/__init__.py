@@ -1,4 +1,4 @@
-"""Which rows of a loop are done: rules without parameters, learned rules, and rules made of rules.
+"""Which rows of a loop are done: rules without parameters, learned rules, what to make of their logits, rules of rules.
 
 In: the states before and after a step, the rule's memory. Out: a `Verdict` (stop, weight, score) for each row. With
 `Loop(rows=1)` a rule speaks for sequences, with `rows=2` for tokens, and `Grouped` for blocks of tokens.
@@ -8,18 +8,27 @@ Deliberately elsewhere: freezing rows that stopped (the driver) and skipping the
 from loopaware.halt.combine import All, Any, Grouped, Patience, Watched
 from loopaware.halt.free import KL, Confidence, Converged, Entropy, Never
 from loopaware.halt.learned import Linear, Residual
+from loopaware.halt.sampled import Gumbel, Sampled, StraightThrough
+from loopaware.halt.soft import ACT, Before, Ponder, StickBreaking
 
 __all__ = [
+    "ACT",
     "KL",
     "All",
     "Any",
+    "Before",
     "Confidence",
     "Converged",
     "Entropy",
     "Grouped",
+    "Gumbel",
     "Linear",
     "Never",
     "Patience",
+    "Ponder",
     "Residual",
+    "Sampled",
+    "StickBreaking",
+    "StraightThrough",
     "Watched",
 ]

@@ -1,6 +1,7 @@
 """Halting rules made of rules.
 
-In: rules. Out: a rule, with its whole weight on the exit step. It is learned if one inside is.
+In: rules. Out: a rule; it is learned if one inside is. Soft weights (ACT) of the first rule inside count until the row
+stops, and the step at which it stops gets what is left to one; other rules put their whole weight on that step.
 Deliberately elsewhere: the rules that look at states.
 """
 
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from loopaware.checks import bounded
-from loopaware.halt.measure import hard
+from loopaware.halt.measure import combined, hard
 from loopaware.protocols import Halt, Memory, Rows, State, Verdict
 
 
 class Any(nn.Module):
     """Stop when one of the rules does: stop = s_1 or s_2 or ...
 
-    Its score is that of the first rule.
+    Its score, and its weights until it stops, are those of the first rule.
 
     Args:
         rules: at least one.
@@ -33,13 +34,15 @@ class Any(nn.Module):
         self.parts = nn.ModuleList(rule for rule in rules if isinstance(rule, nn.Module))
         self.learned = any(rule.learned for rule in rules)
         self.stops = any(rule.stops for rule in rules)
+        self.mixes = rules[0].mixes
 
     def start(self, state: State, rows: Rows) -> Memory:
-        return tuple(rule.start(state, rows) for rule in self.rules)
+        return tuple(rule.start(state, rows) for rule in self.rules), rows.zeros(state)
 
     def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
-        stops, score, memory = ask(self.rules, old, new, memory, index)
-        return hard(stops.any(0), score), memory
+        stops, first, inner = ask(self.rules, old, new, memory[0], index)
+        verdict, spent = combined(first, stops.any(0), memory[1])
+        return verdict, (inner, spent)
 
     def __repr__(self) -> str:
         return f"Any({', '.join(map(repr, self.rules))})"
@@ -48,7 +51,7 @@ class Any(nn.Module):
 class All(nn.Module):
     """Stop when all of the rules do, at the same step: stop = s_1 and s_2 and ...
 
-    Its score is that of the first rule.
+    Its score, and its weights until it stops, are those of the first rule.
 
     Args:
         rules: at least one.
@@ -64,13 +67,15 @@ class All(nn.Module):
         self.parts = nn.ModuleList(rule for rule in rules if isinstance(rule, nn.Module))
         self.learned = any(rule.learned for rule in rules)
         self.stops = all(rule.stops for rule in rules)
+        self.mixes = rules[0].mixes
 
     def start(self, state: State, rows: Rows) -> Memory:
-        return tuple(rule.start(state, rows) for rule in self.rules)
+        return tuple(rule.start(state, rows) for rule in self.rules), rows.zeros(state)
 
     def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
-        stops, score, memory = ask(self.rules, old, new, memory, index)
-        return hard(stops.all(0), score), memory
+        stops, first, inner = ask(self.rules, old, new, memory[0], index)
+        verdict, spent = combined(first, stops.all(0), memory[1])
+        return verdict, (inner, spent)
 
     def __repr__(self) -> str:
         return f"All({', '.join(map(repr, self.rules))})"
@@ -99,15 +104,16 @@ class Patience(nn.Module):
         super().__init__()
         self.rule = rule
         self.times = bounded("times", times, "1 is the rule itself.")
-        self.learned, self.stops = rule.learned, rule.stops
+        self.learned, self.stops, self.mixes = rule.learned, rule.stops, rule.mixes
 
     def start(self, state: State, rows: Rows) -> Memory:
-        return self.rule.start(state, rows), rows.zeros(state, torch.long)
+        return self.rule.start(state, rows), rows.zeros(state, torch.long), rows.zeros(state)
 
     def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
         verdict, inner = self.rule(old, new, memory[0], index)
         count = (memory[1] + 1) * verdict.stop
-        return hard(count >= self.times, verdict.score), (inner, count)
+        verdict, spent = combined(verdict, count >= self.times, memory[2])
+        return verdict, (inner, count, spent)
 
     def __repr__(self) -> str:
         return f"Patience(rule={self.rule!r}, times={self.times})"
@@ -134,18 +140,19 @@ class Grouped(nn.Module):
         super().__init__()
         self.rule = rule
         self.size = bounded("size", size, "Give the number of rows that stop together.")
-        self.learned, self.stops = rule.learned, rule.stops
+        self.learned, self.stops, self.mixes = rule.learned, rule.stops, rule.mixes
 
     def start(self, state: State, rows: Rows) -> Memory:
         if rows.axes < 2:
             raise ValueError(
                 f"rows must be at least 2 for halt.Grouped, got {rows.axes}. Sequences never wait for others."
             )
-        return self.rule.start(state, rows), rows.real(state)
+        return self.rule.start(state, rows), rows.real(state), rows.zeros(state)
 
     def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
         verdict, inner = self.rule(old, new, memory[0], index)
-        return hard(self.together(verdict.stop | ~memory[1]), verdict.score), (inner, memory[1])
+        verdict, spent = combined(verdict, self.together(verdict.stop | ~memory[1]), memory[2])
+        return verdict, (inner, memory[1], spent)
 
     def together(self, stop: Tensor) -> Tensor:
         """Every row's group. Shapes: (*rows) -> (*rows)."""
@@ -158,7 +165,7 @@ class Grouped(nn.Module):
 
 
 class Watched(nn.Module):
-    """Ask a rule at every step and never stop: the score is recorded, the loop runs to its bound.
+    """Ask a rule at every step and never stop: the score is recorded, weights are not, the loop runs to its bound.
 
     Use it to train a learned rule on all steps, or to see what a rule would have said.
 
@@ -171,6 +178,7 @@ class Watched(nn.Module):
     """
 
     stops = False
+    mixes = False
 
     def __init__(self, rule: Halt):
         super().__init__()
@@ -194,7 +202,7 @@ def checked(rules: tuple[Halt, ...], user: str) -> tuple[Halt, ...]:
     return rules
 
 
-def ask(rules: tuple[Halt, ...], old: State, new: State, memory: Memory, index: int) -> tuple[Tensor, Tensor, Memory]:
-    """Every rule's stop (rules, *rows), the first rule's score, and the memories."""
+def ask(rules: tuple[Halt, ...], old: State, new: State, memory: Memory, index: int) -> tuple[Tensor, Verdict, Memory]:
+    """Every rule's stop (rules, *rows), the first rule's verdict, and the memories."""
     answers = [rule(old, new, held, index) for rule, held in zip(rules, memory, strict=True)]
-    return torch.stack([v.stop for v, _ in answers]), answers[0][0].score, tuple(held for _, held in answers)
+    return torch.stack([v.stop for v, _ in answers]), answers[0][0], tuple(held for _, held in answers)

@@ -33,6 +33,7 @@ class Never:
 
     learned = False
     stops = False
+    mixes = False
 
     def start(self, state: State, rows: Rows) -> Memory:
         return rows.zeros(state)
@@ -62,6 +63,7 @@ class Converged:
 
     learned = False
     stops = True
+    mixes = False
     rtol: float = 1e-3
     atol: float = 0.0
 
@@ -107,6 +109,7 @@ class KL(nn.Module):
 
     learned = False
     stops = True
+    mixes = False
 
     def __init__(self, head: Head, threshold: float = 5e-4):
         super().__init__()
@@ -152,6 +155,7 @@ class Entropy(nn.Module):
 
     learned = False
     stops = True
+    mixes = False
 
     def __init__(self, head: Head, threshold: float = 0.1):
         super().__init__()
@@ -196,6 +200,7 @@ class Confidence(nn.Module):
 
     learned = False
     stops = True
+    mixes = False
 
     def __init__(self, head: Head, threshold: float = 0.9, margin: bool = False):
         super().__init__()

@@ -45,6 +45,7 @@ class Residual(nn.Module):
 
     learned = True
     stops = True
+    mixes = False
 
     def __init__(self, threshold: float = 0.5, slope: float = 1.0, level: float = -3.0, detach: bool = False):
         super().__init__()
@@ -71,48 +72,76 @@ class Linear(nn.Module):
     """Stop by a linear head on the state: logit = w . mean_positions(h_t) + b.
 
     The head of ACT and PonderNet. It learns what states look like when they are done, and so may not carry over to
-    longer inputs; there take Residual. Over 70 % of Universal Transformers with a halting bias of zero or above fail to
-    train where -3 does (arXiv 2604.21999), hence the default.
+    longer inputs; there take Residual. Over 70 % of Universal Transformers with ACT and a halting bias of zero or above
+    settle at a shallow depth that they never leave, where -3 trains (G. Sapunov, arXiv 2604.21999): hence the default.
 
     Args:
         dim: features of what is read.
         threshold: stop at this probability.
         bias: b before training; below zero, so that a row first runs long.
+        warmup: for so many runs in training, b is lowered further, by `hold` at first and then ever less; rows run
+            long until the answer is worth stopping for. Counted in the state_dict, so a resumed run goes on.
+        hold: how far b is lowered at first.
         read: `state -> (*rows, ..., dim)`, for states that are trees.
 
     Shapes: state (*rows, ..., dim); positions behind the row axes are averaged, padding left out.
 
     Raises:
-        ValueError: the threshold is out of range.
+        ValueError: the threshold is out of range, or warmup is negative.
 
     References: A. Graves, "Adaptive Computation Time for Recurrent Neural Networks", 2016, arXiv 1603.08983.
 
-    >>> Linear(2)(None, torch.zeros(1, 2), Rows(), 0)[0].score.detach()
+    >>> rule, state = Linear(2), torch.zeros(1, 2)
+    >>> rule(state, state, rule.start(state, Rows()), 0)[0].score.detach()
     tensor([-3.])
     """
 
     learned = True
     stops = True
+    mixes = False
+
+    runs: Tensor
 
     def __init__(
-        self, dim: int, threshold: float = 0.5, bias: float = -3.0, read: Callable[[State], Tensor] | None = None
+        self,
+        dim: int,
+        threshold: float = 0.5,
+        bias: float = -3.0,
+        *,
+        warmup: int = 0,
+        hold: float = 5.0,
+        read: Callable[[State], Tensor] | None = None,
     ):
         super().__init__()
         self.cut = logit(threshold)
         self.head = nn.Linear(bounded("dim", dim, "Give the features of the state."), 1)
         nn.init.constant_(self.head.bias, bias)
+        self.warmup = bounded("warmup", warmup, "0 is none.", least=0)
+        self.hold = hold
         self.read = read
+        if warmup:
+            self.register_buffer("runs", torch.zeros((), dtype=torch.long))
 
-    def start(self, state: State, rows: Rows) -> Rows:
-        return rows
+    def start(self, state: State, rows: Rows) -> tuple[Rows, Tensor | None]:
+        if not (self.warmup and self.training):
+            return rows, None
+        self.runs += 1
+        left = 1 - (self.runs - 1) / self.warmup
+        return rows, rows.zeros(state) + self.hold * left.clamp(min=0)
 
-    def forward(self, old: State, new: State, memory: Rows, index: int) -> tuple[Verdict, Rows]:
+    def forward(
+        self, old: State, new: State, memory: tuple[Rows, Tensor | None], index: int
+    ) -> tuple[Verdict, tuple[Rows, Tensor | None]]:
+        rows, lowered = memory
         seen = tree.only(new, "halt.Linear") if self.read is None else self.read(new)
-        score = self.head(memory.mean(seen)).squeeze(-1)
+        score = self.head(rows.mean(seen)).squeeze(-1)
+        if lowered is not None:
+            score = score - lowered
         return hard(score >= self.cut, score), memory
 
     def extra_repr(self) -> str:
-        return f"threshold={1 / (1 + math.exp(-self.cut)):.4g}"
+        held = f", warmup={self.warmup}, hold={self.hold}" if self.warmup else ""
+        return f"threshold={1 / (1 + math.exp(-self.cut)):.4g}{held}"
 
 
 def logit(threshold: float) -> float:

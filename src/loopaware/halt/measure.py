@@ -42,6 +42,26 @@ def log_probabilities(head: Head, state: State) -> Tensor:
     return torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In at least float32: halting probabilities are summed, and half precision would lose some."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def hard(stop: Tensor, score: Tensor) -> Verdict:
     """The verdict of a rule whose whole weight is on the step at which it stops."""
-    return Verdict(stop, stop.to(torch.promote_types(score.dtype, torch.float32)), score)
+    return Verdict(stop, wide(stop.to(score.dtype)), score)
+
+
+def closed(weight: Tensor, stop: Tensor, spent: Tensor) -> Tensor:
+    """The weight of a step, or, where the row stops, all that is not yet spent. Shapes: (*rows) each."""
+    return torch.where(stop, (1 - spent).clamp(min=0), weight)
+
+
+def combined(first: Verdict, stop: Tensor, spent: Tensor) -> tuple[Verdict, Tensor]:
+    """The verdict of a rule that stops for other reasons than `first`, the rule inside, and what is spent after it.
+
+    Until the row stops its steps weigh what `first` gave them; what `first` kept for its own last step waits for the
+    row's. Rules without soft weights so put all on the step at which the row stops.
+    """
+    weight = closed(wide(first.weight * ~first.stop), stop, spent)
+    return Verdict(stop, weight, first.score), spent + weight

@@ -2,7 +2,8 @@
 
 In: a module, while it runs inside `record`. Out: for each loop, by its module name, a `Trajectory` for each call.
 A recording is a readout around the loop's own; outside `record` nothing is added to a step. Deliberately elsewhere:
-costs (`loopaware.observe.cost`), pictures (`loopaware.observe.report`), losses on trajectories (recipes).
+costs (`loopaware.observe.cost`), pictures (`loopaware.observe.report`), losses on trajectories
+(`loopaware.train.objectives`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loopaware import tree
 from loopaware.halt.measure import change
 from loopaware.loop import Loop
 from loopaware.protocols import Carry, Memory, Readout, Rows, State, Verdict
@@ -35,6 +37,27 @@ class Trajectory(NamedTuple):
     residuals: Tensor
     alive: Tensor
     states: tuple[State, ...] | None
+
+    @property
+    def last(self) -> Tensor:
+        """Which step was each row's last. Shapes: (T, *rows) bool; none of padding."""
+        return self.numbers == self.alive.sum(0)
+
+    @property
+    def numbers(self) -> Tensor:
+        """The number of each step, from 1. Shapes: (T, 1, ...), to be used with (T, *rows)."""
+        return torch.arange(1, len(self.alive) + 1, device=self.alive.device).reshape(-1, *[1] * self.steps.ndim)
+
+    def among(self, rows: Tensor) -> Trajectory:
+        """The same trajectory with every other row taken for padding: of a loop in a loop, where the outer row stepped.
+
+        The k-th call of the inner loop belongs to step k of the outer one: `inner.among(outer.alive[k])`.
+
+        Shapes: rows bool, the row axes or their first ones.
+        """
+        chosen = tree.expand(rows, self.steps)
+        halted, alive, weights = self.halted & chosen, self.alive & chosen, self.weights * chosen
+        return self._replace(steps=self.steps * chosen, halted=halted, weights=weights, alive=alive)
 
     @property
     def counts(self) -> Tensor:
@@ -145,8 +168,7 @@ class Recorded:
         else:
             empty = folded.rows.zeros(carry.state)[None][:0]
             weights, scores, residuals, alive = empty, empty, empty, empty.bool()
-        last = torch.arange(len(alive), device=alive.device).reshape(-1, *[1] * carry.steps.ndim) == alive.sum(0) - 1
-        weights = weights + last * (1 - weights.sum(0))
         states = folded.states if self.keep else None
-        self.calls.append(Trajectory(carry.steps, carry.halted, weights, scores, residuals, alive, states))
+        path = Trajectory(carry.steps, carry.halted, weights, scores, residuals, alive, states)
+        self.calls.append(path._replace(weights=weights + path.last * (1 - weights.sum(0))))
         return self.inner.finish(folded.inner, carry)

@@ -103,31 +103,38 @@ def check_update(part: Update, state: State, proposal: State) -> None:
 
 
 def check_halt(part: Halt, states: list[State], rows: Rows) -> None:
-    """A rule's weights are not negative and sum to one when it stops; rows are judged alone; learned ones are alive.
+    """A rule's weights are not negative and sum to one when it stops, in training and in evaluation; learned ones are
+    alive; in evaluation rows are judged alone.
 
     Args:
         states: h_0, h_1, ..., each leading with the batch.
         rows: as the loop would pass them.
     """
     check_module(part)
-    verdicts = judged(part, states, rows)
-    shape = tree.leaves(states[0])[0].shape[: rows.axes]
-    total, stopped = torch.zeros(shape, dtype=verdicts[0].weight.dtype), torch.zeros(shape, dtype=torch.bool)
+    still = copy.deepcopy(part).eval() if isinstance(part, nn.Module) else part
+    check_weights(part, judged(part, states, rows), rows)
+    verdicts = judged(still, states, rows)
+    check_weights(still, verdicts, rows)
+    if part.learned:
+        check_alive(part, tuple(verdict.score for verdict in judged(part, states, rows)))
+    for item in range(batch_size(states[0])):
+        own = Rows(rows.axes, None if rows.mask is None else rows.mask[item : item + 1])
+        alone = judged(still, [rows_of(state, item, item + 1) for state in states], own)
+        for one, all_rows in zip(alone, verdicts, strict=True):
+            assert_close(tuple(one), rows_of(tuple(all_rows), item, item + 1), "a row is judged alone")
+
+
+def check_weights(part: Halt, verdicts: list[Verdict], rows: Rows) -> None:
+    """Weights are not negative, never sum to more than one, and to one when a row stops."""
+    total, stopped = torch.zeros_like(verdicts[0].weight), torch.zeros_like(verdicts[0].stop)
     for verdict in verdicts:
-        assert all(tensor.shape == shape for tensor in verdict), "a verdict speaks for each row"
+        assert all(tensor.shape == total.shape and tensor.ndim == rows.axes for tensor in verdict), "one for each row"
         assert verdict.stop.dtype == torch.bool and (verdict.weight >= 0).all(), "weights are not negative"
         total = total + verdict.weight * ~stopped
         stopped = stopped | verdict.stop
         assert_close(total[stopped], torch.ones_like(total[stopped]), "weights sum to one when a row stops")
         assert (total <= 1 + 1e-5).all(), "weights never sum to more than one"
     assert part.stops or not stopped.any(), "a rule that never stops says so"
-    if part.learned:
-        check_alive(part, tuple(verdict.score for verdict in verdicts))
-    for item in range(batch_size(states[0])):
-        own = Rows(rows.axes, None if rows.mask is None else rows.mask[item : item + 1])
-        alone = judged(part, [rows_of(state, item, item + 1) for state in states], own)
-        for one, all_rows in zip(alone, verdicts, strict=True):
-            assert_close(tuple(one), rows_of(tuple(all_rows), item, item + 1), "a row is judged alone")
 
 
 def judged(part: Halt, states: list[State], rows: Rows) -> list[Verdict]:

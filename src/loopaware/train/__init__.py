@@ -1,9 +1,10 @@
-"""Training: one readable loop, schedules, averages of weights, and runs that go on after a kill.
+"""Training: one readable loop, objectives, schedules, averages of weights, and runs that go on after a kill.
 
 In: a model, an objective, batches as a function of the step. Out: a trained model, `metrics.jsonl`, checkpoints.
-Deliberately elsewhere: losses on trajectories (recipes), recordings (`loopaware.observe`).
+Deliberately elsewhere: recordings (`loopaware.observe`), which objectives read.
 """
 
+from loopaware.train import objectives
 from loopaware.train.average import Average
 from loopaware.train.checkpoint import latest, load, load_model, save, save_model
 from loopaware.train.fit import fit
@@ -21,6 +22,7 @@ __all__ = [
     "latest",
     "load",
     "load_model",
+    "objectives",
     "save",
     "save_model",
 ]
