@@ -5,6 +5,8 @@ and training.
 """
 
 from loopaware.models.albert import Albert
+from loopaware.models.pondernet import PonderNet
 from loopaware.models.transformer import Transformer
+from loopaware.models.universal import UniversalDecoder, UniversalEncoder, UniversalTransformer
 
-__all__ = ["Albert", "Transformer"]
+__all__ = ["Albert", "PonderNet", "Transformer", "UniversalDecoder", "UniversalEncoder", "UniversalTransformer"]

@@ -24,6 +24,26 @@ RECIPES = {
         "the same net at a fixed large depth, and an unshared stack, fail.",
         "4 minutes",
     ),
+    "chase": Recipe(
+        "loopaware.recipes.chase:run",
+        "Pointer chasing learned on 6 hops and followed for 16, a loop for each hop, with a halt that was taught.",
+        "12 minutes",
+    ),
+    "prefix-sums": Recipe(
+        "loopaware.recipes.prefix_sums:run",
+        "Running parities learned on 16 bits and right on 512, with stopping rules fixed beforehand.",
+        "8 minutes",
+    ),
+    "halting-rules": Recipe(
+        "loopaware.recipes.halting_rules:run",
+        "Eleven ways to halt on one task at equal training: accuracy, loops, operations, spread over seeds.",
+        "40 minutes",
+    ),
+    "estimators": Recipe(
+        "loopaware.recipes.estimators:run",
+        "Bias and variance of REINFORCE, straight-through and Gumbel halting against the exact gradient.",
+        "10 seconds",
+    ),
     "reactions": Recipe(
         "loopaware.recipes.reactions:run",
         "A pretrained looped ALBERT reads real chemical reactions: accuracy by loops, and what each training-free "

@@ -21,7 +21,8 @@ from loopaware import Loop, body, files, halt, init, observe, train
 from loopaware.checks import bounded
 from loopaware.models import Transformer
 from loopaware.nn import Add, Block, Post
-from loopaware.recipes.distances_report import DEEP, KL, LEARNED, SHALLOW, STACK, Result, Sweep, report, show
+from loopaware.recipes.distances_report import DEEP, KL, LEARNED, SHALLOW, STACK, Result, Sweep, report, table
+from loopaware.recipes.shared import adam, show
 from loopaware.tasks import graphs
 from loopaware.train.fit import Objective
 from loopaware.train.progress import Progress, within
@@ -133,17 +134,15 @@ def trained(kind: type[Looped] | type[Stacked], plan: Plan, seed: int, folder: P
     torch.manual_seed(seed)
     if kind is Looped:
         net, objective = Looped(plan.dim, plan.heads, plan.deep, plan.detach), looped_loss
-        halting = list(net.rule.parameters())
-        others = [weight for weight in net.parameters() if all(weight is not number for number in halting)]
-        groups = [{"params": others}, {"params": halting, "lr": 10 * plan.rate, "weight_decay": 0.0}]
+        optimizer = adam(net, plan.rate, net.rule.parameters())
     else:
         net, objective = Stacked(plan.layers, plan.dim, plan.heads), stack_loss
-        groups = [{"params": list(net.parameters())}]
+        optimizer = adam(net, plan.rate)
     train.fit(
         net,
         cast(Objective, objective),
         drawn(plan),
-        torch.optim.AdamW(groups, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01),
+        optimizer,
         steps=plan.steps,
         schedule=train.Warmup(min(100, plan.steps), then=train.Drop(at=0.7, factor=0.2)),
         journal=train.Journal(folder, log_every=10, save_every=50, about=plan._asdict()),
@@ -253,5 +252,5 @@ def written(folder: Path, plan: Plan, results: list[Result], shown: tuple[graphs
     numbers = {"plan": plan._asdict(), "results": [result.plain() for result in results]}
     files.write(folder / "results.json", json.dumps(numbers, indent=1))
     page = report(results, plan._asdict(), shown)
-    show(results)
+    show("share of graphs right", ["reader", *(f"{size} nodes" for size in results[0].sweeps)], table(results))
     print(f"report: {page.write(folder / 'report.html')}")

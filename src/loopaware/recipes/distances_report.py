@@ -6,8 +6,6 @@ In: a `Result` for each seed. Out: a `Report`, and a table on the terminal. Deli
 
 from __future__ import annotations
 
-import math
-import statistics
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +13,7 @@ from torch import Tensor
 
 from loopaware.observe import Report
 from loopaware.observe.figures import PALETTE, figure
+from loopaware.recipes.shared import curve, spread
 from loopaware.tasks import graphs
 
 if TYPE_CHECKING:
@@ -113,36 +112,12 @@ def table(results: list[Result]) -> list[list[str]]:
     return [*rows, ["loops at the halt", *taken], ["their correlation", *follows]]
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    """The mean, and the range if there is one to see."""
-    if any(map(math.isnan, values)):
-        return "–"
-    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if low == high else f"{mean} ({low}–{high})"
-
-
-def show(results: list[Result]) -> None:
-    """The table, on the terminal."""
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table("reader", *(f"{size} nodes" for size in results[0].sweeps), title="share of graphs right")
-    for row in table(results):
-        drawn.add_row(*row)
-    Console().print(drawn)
-
-
 def against_size(results: list[Result]) -> Figure:
     made = figure(7, 3.6)
     (axes,) = made.axes
     sizes = list(results[0].sweeps)
     for name in READERS:
-        series = torch.tensor([[result.sweeps[size].accuracy[name] for size in sizes] for result in results])
-        (line,) = axes.plot(sizes, series.mean(0).tolist(), label=name)
-        axes.fill_between(
-            sizes, series.amin(0).tolist(), series.amax(0).tolist(), color=line.get_color(), alpha=0.15, lw=0
-        )
+        curve(axes, sizes, [[result.sweeps[size].accuracy[name] for size in sizes] for result in results], name)
     axes.set(xlabel="nodes of the graph", ylabel="graphs right", xticks=sizes, ylim=(-0.03, 1.03))
     axes.legend(loc="lower left", fontsize="small")
     return made
