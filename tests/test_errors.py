@@ -10,6 +10,7 @@ import torch
 
 from loopaware import Loop, Rows, body, execute, files, grad, halt, init, observe, readout, tree, update
 from loopaware.cli import main
+from loopaware.recipes import RECIPES
 
 X = torch.ones(2, 5, 4)
 
@@ -176,7 +177,7 @@ def test_an_unknown_recipe(words, capsys):
     with pytest.raises(SystemExit) as left:
         main(words)
     said = capsys.readouterr().err
-    assert left.value.code == 1 and "a recipe must be one of distances, reactions, got 'distance'" in said
+    assert left.value.code == 1 and f"a recipe must be one of {', '.join(RECIPES)}, got 'distance'" in said
     assert len(said.splitlines()) == 1
 
 

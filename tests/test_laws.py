@@ -60,6 +60,11 @@ def test_any_loop_keeps_the_laws(data):
     testing.check_loop(loop, context, mask)
 
 
+def test_a_batch_of_padding_alone_keeps_the_laws():
+    loop = Loop(Contracting(2, False), 2, rows=2)
+    testing.check_loop(loop, torch.randn(1, 1, 2), torch.zeros(1, 1, dtype=torch.bool))
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=draw.data())
 def test_gradient_rules_on_any_halting_pattern(data):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from matplotlib.figure import Figure
@@ -217,6 +218,16 @@ def test_wrong_input_is_refused():
         figures.figure(4, float("nan"))
     with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
         figures.figure(4, 3, columns=0)
+
+
+def test_figures_stand_beside_the_page_as_files(tmp_path):
+    report = Report("Files")
+    report.figure(curve(), alt="A curve.")
+    report.frames([curve()], ["A frame is no file."])
+    report.write(tmp_path / "report.html")
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["figure1.svg"]
+    svg = ElementTree.fromstring((tmp_path / "figures" / "figure1.svg").read_text())
+    assert svg.tag.endswith("svg") and svg.get("viewBox")
 
 
 def test_a_report_that_cannot_be_written_says_so(full, tmp_path):

@@ -74,15 +74,20 @@ def embed(drawn: Figure, name: str, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" width="{width}" height="{height}" src="data:image/png;base64,{data}">'
 
 
-def _svg(drawn: Figure, name: str) -> str:
-    """Text stays text, so that it can be found and read; whatever a page does not need or must not share is cut."""
+def standalone(drawn: Figure, name: str) -> str:
+    """The figure as an SVG file; text stays text, so that it can be found and read."""
     from matplotlib import rc_context
 
     file = io.StringIO()
     nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         drawn.savefig(file, format="svg", facecolor="white", metadata=nothing)
-    svg = file.getvalue()
+    return file.getvalue()
+
+
+def _svg(drawn: Figure, name: str) -> str:
+    """Whatever a page does not need or must not share is cut."""
+    svg = standalone(drawn, name)
     svg = svg[svg.index("<svg ") :].strip()
     svg = re.sub(r"<!--.*?-->|<style[^>]*>.*?</style>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)

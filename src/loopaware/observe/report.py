@@ -55,6 +55,7 @@ class Report:
         self.seeds = tuple(seeds)
         self._parts: list[str] = []
         self._figures = 0
+        self._files: dict[str, str] = {}
 
     def heading(self, text: str, level: int = 2) -> None:
         """A heading; level 2 opens a chapter, 3 and 4 are below it."""
@@ -85,6 +86,8 @@ class Report:
     def figure(self, figure: Figure, *, alt: str, caption: str = "") -> None:
         """A figure. `alt` says what it shows to whoever cannot see it; `caption` stands below."""
         self._parts.append(self._drawn(figure, alt, caption))
+        name = f"figure{self._figures}"
+        self._files[name] = drawings.standalone(figure, name)
 
     def frames(self, figures: Sequence[Figure], captions: Sequence[str]) -> None:
         """Figures shown one at a time with a slider; one below the other on paper or without scripts.
@@ -105,13 +108,16 @@ class Report:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page and return where it is.
+        """Write the page and return where it is; each figure stands beside it too, as `figures/figure1.svg`, ...
 
         Raises:
             OSError: the file system refused; what was there before is untouched.
         """
         made = "".join(f"<dt>{name}</dt><dd>{html.escape(value)}</dd>\n" for name, value in _origin(self.seeds))
-        return files.write(path, page(self.title, "\n".join(self._parts), f"<dl>\n{made}</dl>"))
+        written = files.write(path, page(self.title, "\n".join(self._parts), f"<dl>\n{made}</dl>"))
+        for name, svg in self._files.items():
+            files.write(written.parent / "figures" / f"{name}.svg", svg)
+        return written
 
     def _drawn(self, figure: Figure, alt: str, caption: str) -> str:
         from matplotlib.figure import Figure as Drawing

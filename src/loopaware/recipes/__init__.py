@@ -44,6 +44,16 @@ RECIPES = {
         "Bias and variance of REINFORCE, straight-through and Gumbel halting against the exact gradient.",
         "10 seconds",
     ),
+    "parity": Recipe(
+        "loopaware.recipes.parity:run",
+        "Parity of sparse vectors: a Repeat-RNN, ACT and PonderNet on one cell, with one budget of training.",
+        "5 minutes",
+    ),
+    "copy-reverse": Recipe(
+        "loopaware.recipes.copy_reverse:run",
+        "Strings of up to 10 symbols learned, of 40 generated: Universal Transformers against a plain one.",
+        "30 minutes",
+    ),
     "reactions": Recipe(
         "loopaware.recipes.reactions:run",
         "A pretrained looped ALBERT reads real chemical reactions: accuracy by loops, and what each training-free "

@@ -4,6 +4,6 @@ In: sizes and a generator of random numbers. Out: named tuples of tensors. Delib
 training (`loopaware.train`, `loopaware.recipes`).
 """
 
-from loopaware.tasks import bits, graphs, pointers
+from loopaware.tasks import bits, graphs, pointers, strings
 
-__all__ = ["bits", "graphs", "pointers"]
+__all__ = ["bits", "graphs", "pointers", "strings"]
