@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := src tests
+SOURCES := src tests examples
 
 export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 

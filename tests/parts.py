@@ -45,16 +45,24 @@ class Mixer(nn.Module):
         return torch.tanh(self.linear(state + state.mean(1, keepdim=True)))
 
 
+def half() -> nn.Module:
+    """A body on one half of a state."""
+    return body.Called(nn.Sequential(nn.LayerNorm(DIM // 2), nn.Linear(DIM // 2, DIM // 2), nn.Tanh()))
+
+
 PARTS = [
     Part("init", "FromContext", init.FromContext),
     Part("init", "Zeros", lambda: init.Zeros(DIM)),
     Part("init", "Learned", lambda: init.Learned(DIM)),
     Part("init", "Gaussian", lambda: init.Gaussian(std=0.5)),
     Part("init", "Projected", lambda: init.Projected(DIM, DIM)),
+    Part("init", "Halves", lambda: init.Halves(init.Projected(DIM, DIM))),
     Part("body", "Injected", mixing),
     Part("body", "Timed", lambda: body.Timed(body.Called(Mixer()), lambda index: torch.ones(DIM) * index)),
     Part("body", "Stack", lambda: body.Stack(body.Called(Mixer()), body.Called(Mixer()))),
     Part("body", "Called", lambda: body.Called(Mixer())),
+    Part("body", "Surrogate", lambda: body.Surrogate(body.Called(torch.sin), body.Called(Mixer()))),
+    Part("body", "Coupled", lambda: body.Coupled(half(), half())),
     Part("update", "Replace", update.Replace),
     Part("update", "Residual", lambda: update.Residual(DIM, gain=0.7)),
     Part("update", "Damped", lambda: update.Damped(0.6)),
@@ -62,8 +70,10 @@ PARTS = [
     Part("update", "GRU", lambda: update.GRU(DIM, chrono=8)),
     Part("update", "LSTM", lambda: update.LSTM(DIM, chrono=8)),
     Part("update", "Momentum", lambda: update.Momentum(0.3)),
+    Part("update", "Dropout", lambda: update.Dropout(update.Residual(DIM, gain=0.7), rate=0.3)),
     Part("halt", "Never", halt.Never),
     Part("halt", "Converged", lambda: halt.Converged(rtol=0.05)),
+    Part("halt", "Below", lambda: halt.Below(lambda state: state.norm(dim=-1), 1.1)),
     Part("halt", "KL", lambda: halt.KL(head(), 1e-4)),
     Part("halt", "Entropy", lambda: halt.Entropy(head(), 1.08)),
     Part("halt", "Confidence", lambda: halt.Confidence(head(), 0.4)),
@@ -90,6 +100,9 @@ PARTS = [
     Part("grad", "Checkpointed", lambda: grad.Checkpointed(every=3)),
     Part("grad", "Truncated", lambda: grad.Truncated(last=2)),
     Part("grad", "OneStep", grad.OneStep),
+    Part("grad", "Phantom", lambda: grad.Phantom(count=2)),
+    Part("grad", "Implicit", grad.Implicit),
+    Part("grad", "Reversible", grad.Reversible),
     Part("execute", "Unrolled", execute.Unrolled),
     Part("execute", "Eager", execute.Eager),
     Part("nn", "Add", blocks.Add),

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from loopaware import __version__, cli
-from loopaware.recipes import RECIPES
+from loopaware.recipes import BENCHMARKS, RECIPES
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str], status: int = 0) -> str:
@@ -28,20 +28,23 @@ def wide(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
+COMMANDS = [*(("run", name) for name in RECIPES), *(("bench", name) for name in BENCHMARKS)]
+
+
 def function(name: str):
-    module, _, attribute = RECIPES[name].function.partition(":")
+    module, _, attribute = {**RECIPES, **BENCHMARKS}[name].function.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def test_recipes_are_listed_with_what_they_show_and_take(capsys):
     text = said(["recipes"], capsys)
-    for name, recipe in RECIPES.items():
+    for name, recipe in {**RECIPES, **BENCHMARKS}.items():
         assert name in text and recipe.shows.split()[0] in text and recipe.takes.split(",")[0] in text
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_option_is_explained(name, capsys):
-    text = said(["run", name, "--help"], capsys)
+@pytest.mark.parametrize(("command", "name"), COMMANDS)
+def test_every_option_is_explained(command, name, capsys):
+    text = said([command, name, "--help"], capsys)
     for option in inspect.signature(function(name)).parameters:
         flag = f"--{option.replace('_', '-')}"
         line = next((line for line in text.splitlines() if re.search(rf"{flag}\b", line)), "")

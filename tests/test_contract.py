@@ -7,8 +7,8 @@ import importlib
 import pytest
 import torch
 
-from loopaware import Loop, Rows, body, execute, grad, halt, readout, testing, update
-from parts import DIM, PARTS, Part, mixing
+from loopaware import Loop, Rows, body, execute, grad, halt, init, readout, testing, update
+from parts import DIM, PARTS, Part, half, mixing
 
 SLOTS = ("body", "init", "update", "halt", "readout", "grad", "execute")
 every_part = pytest.mark.parametrize("part", [part for part in PARTS if part.slot in SLOTS], ids=str)
@@ -22,10 +22,16 @@ def context() -> torch.Tensor:
     )
 
 
+# Their state is a pair.
+TWO_HALVES = {"Coupled", "Halves", "Reversible"}
+
+
 def looped(part: Part, rows: int) -> Loop:
     """A loop in which the part stands in its slot, rows halt at different steps, and nothing else is special."""
     torch.manual_seed(0)
     parts = {"body": mixing(), "halt": halt.Patience(halt.Converged(rtol=0.05), times=1)}
+    if part.name in TWO_HALVES:
+        parts.update(body=body.Coupled(half(), half()), init=init.Halves())
     if part.slot == "halt":
         parts["readout"] = readout.Weighted()
     return Loop(**{**parts, part.slot: part.make()}, max_steps=7, rows=rows)
@@ -35,7 +41,8 @@ def some(slot: str):
     return pytest.mark.parametrize("part", [part for part in PARTS if part.slot == slot], ids=str)
 
 
-# What is exported by `nn` and acts on no state by itself: its tests are in test_nn.py, with the equations.
+# What is exported by `nn` and acts on no state by itself: its tests are in test_nn.py and test_stability.py, with the
+# equations.
 BESIDE = {
     "AttentionPositions",
     "Relative",
@@ -44,15 +51,22 @@ BESIDE = {
     "Sinusoidal",
     "adjacency",
     "causal",
+    "held",
     "padding",
+    "spectral_norm",
 }
 # Whole models are called with their own input and are no bodies: tests of their own, named after the file.
-WHOLE = {"Albert", "PonderNet", "UniversalDecoder", "UniversalEncoder", "UniversalTransformer"}
+WHOLE = {"HRM", "TRM", "Albert", "EquilibriumTransformer", "PonderNet"}
+WHOLE |= {"UniversalDecoder", "UniversalEncoder", "UniversalTransformer"}
+# Solvers have a state of their own and the context of a system: the same checks, and more, in test_solvers.py.
+SOLVING = {"ConjugateGradient", "Corrected", "GaussSeidel", "GradientDescent", "Iterate", "Jacobi", "Newton"}
+SOLVING |= {"Richardson", "SOR"}
 AROUND = {"Placement", "Pre", "Post", "Sandwich", "Residual"}
 
 
 def test_every_exported_part_has_a_row():
     exported = {(slot, name) for slot in SLOTS for name in importlib.import_module(f"loopaware.{slot}").__all__}
+    exported -= {("body", name) for name in SOLVING}
     exported |= {("nn", name) for name in set(importlib.import_module("loopaware.nn").__all__) - BESIDE - AROUND}
     exported |= {("models", name) for name in set(importlib.import_module("loopaware.models").__all__) - WHOLE}
     assert exported == {(part.slot, part.name) for part in PARTS}
@@ -132,7 +146,8 @@ def test_init(part: Part, context: torch.Tensor):
 
 @some("body")
 def test_body(part: Part, context: torch.Tensor):
-    testing.check_body(part.make(), context.flip(0), context)
+    state = init.Halves()(context.flip(0)) if part.name in TWO_HALVES else context.flip(0)
+    testing.check_body(part.make(), state, context)
 
 
 @some("update")
@@ -173,7 +188,7 @@ def test_readout(part: Part, context: torch.Tensor):
 def test_grad(part: Part, context: torch.Tensor):
     for rule in (halt.Never(), halt.Converged(rtol=0.05), halt.Converged(rtol=9.0)):
         for rows in (1, 2):
-            testing.check_grad(part.make(), Loop(mixing(), 7, rows=rows, halt=rule), context)
+            testing.check_grad(part.make(), looped(part, rows).replace(halt=rule), context)
 
 
 @some("execute")

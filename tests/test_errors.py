@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from loopaware import Loop, Rows, body, execute, files, grad, halt, init, observe, readout, tree, update
+from loopaware import Loop, Rows, Status, body, execute, files, grad, halt, init, observe, readout, tree, update
 from loopaware.cli import main
 from loopaware.recipes import RECIPES
 
@@ -29,7 +29,7 @@ def half(state, context, index):
         (
             {"max_steps": 2, "halt": halt.Residual(), "grad": grad.Truncated(2)},
             ValueError,
-            r"grad must differentiate every step when halting is learned, got Truncated\(last=2\).*grad\.Full\(\)",
+            r"grad must differentiate every step when halting is learned, got Truncated\(last=2.*grad\.Full\(\)",
         ),
         (
             {"max_steps": 2, "halt": halt.Watched(halt.Linear(4)), "grad": grad.OneStep()},
@@ -39,7 +39,7 @@ def half(state, context, index):
         (
             {"max_steps": 2, "readout": readout.Weighted(), "grad": grad.OneStep()},
             ValueError,
-            r"readout must return the last state .* got Weighted\(\) with OneStep\(\)\. Take readout\.Last\(\)",
+            r"readout must return the last state when no other .* got Weighted\(\) with OneStep\(\)\. Take",
         ),
     ],
 )
@@ -79,6 +79,24 @@ def test_nan_in_the_state_names_step_and_rows():
         Loop(lambda state, context, index: state / (1 - index), 3, rows=2)(X)
     assert torch.isnan(Loop(half, 3, execute=execute.Eager(check=False))(broken).value).any()
     assert torch.isnan(Loop(half, 3, execute=execute.Unrolled())(broken).value).any()
+
+
+def test_the_result_says_why_each_row_stopped():
+    """Also of a loop that diverges and is run without looking: the result owns up to every nan."""
+    start = torch.tensor([[1.0], [3.0], [1e30], [1.0]])
+    mask = torch.tensor([True, True, True, False])
+
+    def squared(state, context, index):
+        return torch.where(state > 2, state * state, state / 2)
+
+    rule = halt.Converged(atol=0.2, rtol=0.0)
+    loop = Loop(squared, 3, halt=rule, execute=execute.Unrolled())
+    out = loop(start, mask=mask)
+    assert [Status(code).name for code in out.status.tolist()] == ["HALTED", "BOUND", "DIVERGED", "PADDING"]
+    tokens = loop.replace(rows=2)(start.expand(4, 3)[..., None], mask=mask[:, None].expand(4, 3))
+    assert tokens.status.tolist() == [[1] * 3, [2] * 3, [3] * 3, [0] * 3]
+    with pytest.raises(FloatingPointError, match=r"nan or inf after 1 steps in rows \[2\]"):
+        loop.replace(execute=execute.Eager())(start, mask=mask)
 
 
 def test_nan_in_padding_is_nobodys():

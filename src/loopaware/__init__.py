@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from loopaware import body, execute, grad, halt, init, nn, readout, tree, update
+from loopaware import body, execute, grad, halt, init, nn, readout, solve, tree, update
 from loopaware.loop import Loop
-from loopaware.protocols import Carry, Output, Rows, Verdict
+from loopaware.protocols import Carry, Output, Rows, Status, Verdict
 
 if TYPE_CHECKING:
     from loopaware import models, observe, recipes, tasks, testing, train
@@ -23,6 +23,7 @@ __all__ = [
     "Loop",
     "Output",
     "Rows",
+    "Status",
     "Verdict",
     "body",
     "execute",
@@ -34,6 +35,7 @@ __all__ = [
     "observe",
     "readout",
     "recipes",
+    "solve",
     "tasks",
     "testing",
     "train",

@@ -46,7 +46,8 @@ def row_shape(state: Any, rows: int) -> torch.Size:
 
 
 def real_positions(mask: Tensor | None, state: Any, rows: int) -> Tensor | None:
-    """A mask of the leading axes of the state, at least the row axes; True = real."""
+    """A mask of the leading axes of the state, at least the row axes, which all of its tensors share; True = real."""
+    row_shape(state, rows)
     if mask is None:
         return None
     if mask.dtype != torch.bool:
@@ -92,13 +93,29 @@ def fitting(loop: Any) -> None:
             f"grad must differentiate every step when halting is learned, got {loop.grad!r} with {loop.halt!r}. "
             "The halting head would learn nothing: take grad.Full(), grad.Checkpointed() or a rule without parameters."
         )
-    if loop.readout.weighted and loop.grad.extra_steps:
+    if loop.readout.weighted and loop.grad.final:
         raise ValueError(
-            f"readout must return the last state when the gradient takes an extra step, got {loop.readout!r} "
+            f"readout must return the last state when no other carries a gradient, got {loop.readout!r} "
             f"with {loop.grad!r}. Take readout.Last(), or grad.Full()."
         )
+    if getattr(loop.grad, "inverts", False):
+        invertible(loop)
     if loop.halt.mixes and not loop.readout.weighted:
         raise ValueError(
             f"readout must see the halting weights when they are spread over the steps, got {loop.readout!r} "
             f"with {shown(loop.halt)}. The last state alone teaches the rule nothing: take readout.Weighted()."
+        )
+
+
+def invertible(loop: Any) -> None:
+    """Refuse loops whose steps cannot be undone."""
+    if not hasattr(loop.body, "inverse"):
+        raise ValueError(
+            f"body must have an inverse for {loop.grad!r}, got {type(loop.body).__name__}. "
+            "Take body.Coupled(first, second), or grad.Checkpointed()."
+        )
+    if not getattr(loop.update, "takes_proposal", False):
+        raise ValueError(
+            f"update must take the body's proposal as it is for {loop.grad!r}, got {shown(loop.update)}. "
+            "Take update.Replace(), or grad.Checkpointed()."
         )

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from loopaware import noise, tree
 from loopaware.checks import between, bounded
-from loopaware.protocols import Context
+from loopaware.protocols import Context, Init, State
 
-__all__ = ["FromContext", "Gaussian", "Learned", "Projected", "Zeros"]
+__all__ = ["FromContext", "Gaussian", "Halves", "Learned", "Projected", "Zeros"]
 
 
 @dataclass(frozen=True)
@@ -158,3 +158,35 @@ class Projected(nn.Module):
 
     def forward(self, context: Context) -> Tensor:
         return self.linear(tree.content(context))
+
+
+class Halves(nn.Module):
+    """Start from two halves of a state: h_0 = (s[..., :d/2], s[..., d/2:]), s = inner(context).
+
+    For `body.Coupled`. To give both halves the whole input, take a function: `lambda context: (context, context)`.
+
+    Args:
+        inner: makes the state that is split; None takes the input.
+
+    Shapes: x (*rows, ..., d) -> two of (*rows, ..., d / 2).
+
+    Raises:
+        ValueError: d is odd (when it is called).
+
+    >>> [half.tolist() for half in Halves()(torch.tensor([[1.0, 2.0]]))]
+    [[[1.0]], [[2.0]]]
+    """
+
+    def __init__(self, inner: Init | None = None):
+        super().__init__()
+        self.inner = FromContext() if inner is None else inner
+
+    def forward(self, context: Context) -> State:
+        whole = tree.only(self.inner(context), "init.Halves")
+        if whole.shape[-1] % 2:
+            raise ValueError(f"features must be even to be halved, got {whole.shape[-1]}. Project to an even number.")
+        one, two = whole.chunk(2, -1)
+        return one, two
+
+    def extra_repr(self) -> str:
+        return "" if isinstance(self.inner, nn.Module) else repr(self.inner)

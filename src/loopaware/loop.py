@@ -16,10 +16,10 @@ from loopaware import execute as executes
 from loopaware import grad as grads
 from loopaware import halt as halts
 from loopaware import init as inits
+from loopaware import protocols, tree
 from loopaware import readout as readouts
-from loopaware import tree
 from loopaware import update as updates
-from loopaware.checks import bounded, fitting, real_positions, row_shape, same_shape, shown
+from loopaware.checks import bounded, fitting, real_positions, same_shape, shown
 from loopaware.protocols import Body, Carry, Context, Execute, Grad, Halt, Init, Output, Readout, Rows, Update, Verdict
 
 
@@ -73,7 +73,6 @@ class Loop(nn.Module):
     def start(self, context: Context, mask: Tensor | None = None) -> Carry:
         """The carry before the first step. Shapes: mask (*rows, ...) bool, True = real."""
         state = self.init(context)
-        row_shape(state, self.rows)
         rows = Rows(self.rows, real_positions(mask, state, self.rows))
         return Carry(
             state=state,
@@ -118,10 +117,10 @@ class Loop(nn.Module):
             raise ValueError(
                 "mask must be None when a carry is given, got both. The carry holds the mask it began with."
             )
-
-        def run(carry: Carry, steps: int) -> Carry:
-            return self.execute(lambda now: self.advance(now, context), carry, steps)
-
+        run = protocols.Run(
+            lambda carry, steps: self.execute(lambda now: self.advance(now, context), carry, steps),
+            lambda state, index: self.body.inverse(state, context, index),  # pyright: ignore[reportAttributeAccessIssue]
+        )
         carry = self.grad(run, carry, max(limit - carry.index, 0))
         return Output(self.readout.finish(carry.readout, carry), carry.steps, carry.halted, carry)
 

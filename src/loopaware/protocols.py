@@ -15,6 +15,7 @@ Deliberately elsewhere: every implementation. A part is a frozen dataclass, or a
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -95,6 +96,15 @@ class Carry(NamedTuple):
     index: int = 0  # pyright: ignore[reportIncompatibleMethodOverride] - the word of the field
 
 
+class Status(IntEnum):
+    """Why a row takes no further step: it was padding, its rule spoke, it met the bound, or it is no longer finite."""
+
+    PADDING = 0
+    HALTED = 1
+    BOUND = 2
+    DIVERGED = 3
+
+
 class Output(NamedTuple):
     """What a loop returns. Shapes: steps, halted (*rows); `value` is the readout's."""
 
@@ -103,9 +113,39 @@ class Output(NamedTuple):
     halted: Tensor
     carry: Carry
 
+    @property
+    def status(self) -> Tensor:
+        """A `Status` for each row. Shapes: -> (*rows) long.
 
-Run = Callable[[Carry, int], Carry]
+        `execute.Eager` raises where a state is not finite; who runs without its check, under `torch.compile` or on a
+        CUDA graph, reads it here.
+        """
+        rows, real = self.carry.rows, self.carry.rows.real(self.carry.state)
+        finite = torch.ones_like(real)
+        for leaf in tree.leaves(self.carry.state):
+            sound = torch.isfinite(leaf)
+            if rows.mask is not None:
+                sound = sound | ~tree.expand(rows.mask, leaf)
+            finite = finite & (sound.flatten(rows.axes).all(-1) if sound.ndim > rows.axes else sound)
+        status = torch.where(self.halted, int(Status.HALTED), torch.full_like(self.steps, int(Status.BOUND)))
+        status = torch.where(finite, status, int(Status.DIVERGED))
+        return torch.where(real, status, int(Status.PADDING))
+
+
 Advance = Callable[[Carry], Carry]
+
+
+class Run(NamedTuple):
+    """What a gradient rule is given: run some steps; and, of a body that has an inverse, the state before a step.
+
+    `inverse(state, index)` asks `body.inverse(state, context, index)` for h_{t-1}, all rows taken back.
+    """
+
+    forward: Callable[[Carry, int], Carry]
+    inverse: Callable[[State, int], State]
+
+    def __call__(self, carry: Carry, steps: int) -> Carry:
+        return self.forward(carry, steps)
 
 
 class Body(Protocol):
@@ -168,15 +208,16 @@ class Readout(Protocol):
 
 
 class Grad(Protocol):
-    """Which steps are differentiated? Law: values equal a plain run's, unless `extra_steps` declares more steps.
+    """Which steps are differentiated? Law: values, steps and verdicts equal a plain run's.
 
-    `complete`: every step is differentiated, so that a learned halting rule is taught.
+    `complete`: every step is differentiated, so that a learned halting rule is taught. `final`: only the last state
+    carries a gradient, so that the readout must not give others.
     """
 
     @property
     def complete(self) -> bool: ...
     @property
-    def extra_steps(self) -> int: ...
+    def final(self) -> bool: ...
 
     def __call__(self, run: Run, carry: Carry, steps: int, /) -> Carry: ...
 

@@ -103,7 +103,7 @@ class Every:
     3
     """
 
-    weighted = False
+    weighted = True
 
     def start(self, state: State, rows: Rows) -> tuple[State, ...]:
         return ()
@@ -126,7 +126,7 @@ class Stacked:
     torch.Size([3, 1, 2])
     """
 
-    weighted = False
+    weighted = True
 
     def start(self, state: State, rows: Rows) -> tuple[State, ...]:
         return ()

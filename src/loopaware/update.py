@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from loopaware import tree
-from loopaware.checks import between, bounded
-from loopaware.protocols import Memory, State
+from loopaware.checks import between, bounded, shown
+from loopaware.protocols import Memory, State, Update
 
-__all__ = ["GRU", "LSTM", "Damped", "Gated", "Momentum", "Replace", "Residual"]
+__all__ = ["GRU", "LSTM", "Damped", "Dropout", "Gated", "Momentum", "Replace", "Residual"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Replace:
     """
 
     keeps_fixed_points = True
+    takes_proposal = True  # so that a body with an inverse can be undone: `grad.Reversible`
 
     def start(self, state: State) -> None: ...
     def __call__(self, state: State, proposal: State, memory: None) -> tuple[State, None]:
@@ -246,6 +247,68 @@ class Momentum:
     def __call__(self, state: State, proposal: State, memory: Memory) -> tuple[State, Memory]:
         velocity = tree.map(lambda h, p, v: self.momentum * v + (p - h), state, proposal, memory)
         return tree.map(lambda h, v: h + self.rate * v, state, velocity), velocity
+
+
+class Dropout(nn.Module):
+    """Hide the same features of the proposal at every step of a run: h' = inner(h, m * p).
+
+    m is drawn once, in `start`, from {0, 1 / (1 - rate)}, 1 / (1 - rate) with chance 1 - rate; it is the update's
+    memory next to the inner one, so that it travels in the carry. A map that is masked the same way at every step still
+    has fixed points, which fresh masks destroy. In evaluation there is no mask. Take a body whose proposal keeps its
+    size (`nn.Post`): where the proposal is the state plus something (`nn.Pre`), what is kept grows by 1 / (1 - rate)
+    with every step.
+
+    Args:
+        inner: the update that is given what is left of the proposal, for example `Replace()`.
+        rate: the share that is hidden in training, above 0 and below 1.
+        shared: one mask for all positions of a sequence, as in the paper; else each position has its own.
+
+    Shapes: h, p, m (*rows, ..., d).
+
+    Raises:
+        ValueError: the rate is out of range.
+
+    References: Y. Gal, Z. Ghahramani, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks",
+    2015, arXiv 1512.05287 (there time is the time of the sequence, here that of the loop).
+
+    >>> drop = Dropout(Replace(), rate=0.5)
+    >>> mask, _ = drop.start(h := torch.ones(1, 4))
+    >>> torch.equal(drop(h, h, (mask, None))[0], mask * h)
+    True
+    """
+
+    def __init__(self, inner: Update, rate: float, shared: bool = False):
+        super().__init__()
+        if not 0.0 < rate < 1.0:
+            raise ValueError(f"rate must be above 0 and below 1, got {rate}. Take the inner update alone for none.")
+        self.inner = inner
+        self.rate = rate
+        self.shared = shared
+
+    @property
+    def keeps_fixed_points(self) -> bool:
+        return self.inner.keeps_fixed_points and not self.training
+
+    def start(self, state: State) -> Memory:
+        return tree.map(self.mask, state) if self.training else None, self.inner.start(state)
+
+    def forward(self, state: State, proposal: State, memory: Memory) -> tuple[State, Memory]:
+        mask, inner = memory
+        if mask is not None:  # by the carry and not by the mode: a run keeps its mask to its end
+            proposal = tree.map(torch.mul, proposal, mask)
+        state, inner = self.inner(state, proposal, inner)
+        return state, (mask, inner)
+
+    def mask(self, leaf: Tensor) -> Tensor:
+        """The mask of one tensor of the state. Shapes: (*rows, ...) -> the same."""
+        positions = leaf.ndim - 2 if self.shared else 0
+        shape = (leaf.shape[0], *[1] * positions, leaf.shape[-1]) if positions > 0 else leaf.shape
+        kept = torch.rand(shape, device=leaf.device) >= self.rate
+        return (kept.to(leaf.dtype) / (1 - self.rate)).expand_as(leaf)
+
+    def extra_repr(self) -> str:
+        inner = "" if isinstance(self.inner, nn.Module) else f"{shown(self.inner)}, "
+        return f"{inner}rate={self.rate}, shared={self.shared}"
 
 
 def chrono_bias(dim: int, steps: int) -> Tensor:

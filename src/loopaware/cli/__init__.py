@@ -12,6 +12,7 @@ import sys
 from cyclopts import App
 
 from loopaware import __version__
+from loopaware.cli.bench import app as bench
 from loopaware.cli.recipes import app as recipes
 from loopaware.cli.run import app as run
 
@@ -23,6 +24,7 @@ app = App(
 )
 app.command(recipes)
 app.command(run)
+app.command(bench)
 
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 

@@ -6,7 +6,7 @@ Deliberately elsewhere: freezing rows that stopped (the driver) and skipping the
 """
 
 from loopaware.halt.combine import All, Any, Grouped, Patience, Watched
-from loopaware.halt.free import KL, Confidence, Converged, Entropy, Never
+from loopaware.halt.free import KL, Below, Confidence, Converged, Entropy, Never
 from loopaware.halt.learned import Linear, Residual
 from loopaware.halt.sampled import Gumbel, Sampled, StraightThrough
 from loopaware.halt.soft import ACT, Before, Ponder, StickBreaking
@@ -17,6 +17,7 @@ __all__ = [
     "All",
     "Any",
     "Before",
+    "Below",
     "Confidence",
     "Converged",
     "Entropy",

@@ -11,6 +11,7 @@ without gradients. A head that is a module is registered, so that it moves with 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,47 @@ class Converged:
             stop = torch.stack(excess).amax(0) <= self.atol
             score = change(old, new, memory)
         return hard(stop, score), memory
+
+
+class Below(nn.Module):
+    """Stop when a number read from the state is small enough: measure(h_t) <= tolerance, everywhere in the row.
+
+    Use it where the state itself says how good it is, as a solver's residual: a row that has halted then is as good as
+    promised, and one that has not says that it is not. Its score is the largest number of the row.
+
+    Args:
+        measure: `state -> numbers`, for example `body.Iterate.relative`.
+        tolerance: the largest number that is good enough; nan never is.
+
+    Shapes: measure(h) (*rows, ...).
+
+    Raises:
+        ValueError: the tolerance is not above zero.
+
+    >>> rule = Below(torch.abs, 0.1)
+    >>> rule(None, torch.tensor([0.2, 0.1]), Rows(), 0)[0].stop
+    tensor([False,  True])
+    """
+
+    learned = False
+    stops = True
+    mixes = False
+
+    def __init__(self, measure: Callable[[State], Tensor], tolerance: float):
+        super().__init__()
+        self.measure = measure
+        self.tolerance = between("tolerance", tolerance, 0.0, math.inf, "Rounding alone keeps it from being 0.")
+
+    def start(self, state: State, rows: Rows) -> Rows:
+        return rows
+
+    def forward(self, old: State, new: State, memory: Rows, index: int) -> tuple[Verdict, Rows]:
+        with torch.no_grad():
+            score = memory.largest(self.measure(new))
+        return hard(score <= self.tolerance, score), memory
+
+    def __repr__(self) -> str:
+        return f"Below(measure={shown(self.measure)}, tolerance={self.tolerance})"
 
 
 class KL(nn.Module):

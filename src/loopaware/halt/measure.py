@@ -36,6 +36,11 @@ def change(old: State, new: State, rows: Rows) -> Tensor:
     return torch.stack(ratios).amax(0)
 
 
+def distance(old: State, new: State, rows: Rows) -> Tensor:
+    """The largest change of a row's positions: max |h_t - h_{t-1}|. Shapes: -> (*rows)."""
+    return torch.stack([rows.largest(moved) for moved, _ in sizes(old, new, rows)]).amax(0)
+
+
 def log_probabilities(head: Head, state: State) -> Tensor:
     """The head's log-probabilities, in at least float32. Shapes: state -> (*rows, ..., classes)."""
     logits = head(state)

@@ -5,8 +5,21 @@ and training.
 """
 
 from loopaware.models.albert import Albert
+from loopaware.models.deq import EquilibriumTransformer
+from loopaware.models.hrm import HRM
 from loopaware.models.pondernet import PonderNet
 from loopaware.models.transformer import Transformer
+from loopaware.models.trm import TRM
 from loopaware.models.universal import UniversalDecoder, UniversalEncoder, UniversalTransformer
 
-__all__ = ["Albert", "PonderNet", "Transformer", "UniversalDecoder", "UniversalEncoder", "UniversalTransformer"]
+__all__ = [
+    "HRM",
+    "TRM",
+    "Albert",
+    "EquilibriumTransformer",
+    "PonderNet",
+    "Transformer",
+    "UniversalDecoder",
+    "UniversalEncoder",
+    "UniversalTransformer",
+]

@@ -10,6 +10,7 @@ from loopaware.nn.feedforward import FeedForward, SwiGLU
 from loopaware.nn.fusion import Add, Concat, CrossAttention, Diagonal, Gated
 from loopaware.nn.norms import LayerNorm, Placement, Post, Pre, Residual, RMSNorm, Sandwich
 from loopaware.nn.positions import LearnedPositions, Sinusoidal
+from loopaware.nn.spectral import held, spectral_norm
 
 __all__ = [
     "Add",
@@ -35,5 +36,7 @@ __all__ = [
     "SwiGLU",
     "adjacency",
     "causal",
+    "held",
     "padding",
+    "spectral_norm",
 ]

@@ -1,7 +1,22 @@
-"""Seeing what loops do: recordings of their trajectories, their cost from shapes, and reports with pictures."""
+"""Seeing what loops do: recordings of their trajectories, their cost from shapes, their stability, and reports."""
 
 from loopaware.observe.cost import Cost, cost
+from loopaware.observe.memory import Peak, peak
 from loopaware.observe.record import Tape, Trajectory, record
 from loopaware.observe.report import Report
+from loopaware.observe.stability import Health, contraction, gradients, spectral_radius
 
-__all__ = ["Cost", "Report", "Tape", "Trajectory", "cost", "record"]
+__all__ = [
+    "Cost",
+    "Health",
+    "Peak",
+    "Report",
+    "Tape",
+    "Trajectory",
+    "contraction",
+    "cost",
+    "gradients",
+    "peak",
+    "record",
+    "spectral_radius",
+]

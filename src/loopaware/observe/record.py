@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loopaware import tree
-from loopaware.halt.measure import change
+from loopaware.halt.measure import change, distance
 from loopaware.loop import Loop
 from loopaware.protocols import Carry, Memory, Readout, Rows, State, Verdict
 
@@ -25,9 +25,10 @@ from loopaware.protocols import Carry, Memory, Readout, Rows, State, Verdict
 class Trajectory(NamedTuple):
     """What one call of a loop did, with its gradients.
 
-    Shapes: steps, halted (*rows); weights, scores, residuals, alive (T, *rows), T = steps that were run. `weights` of a
-    row that took a step sum to one: what the rule left over stands at its last step. `residuals` are the relative
-    changes max |h_t - h_{t-1}| / |h_t|; `alive` says who took step t; `states` holds T states or None.
+    Shapes: steps, halted (*rows); weights, scores, residuals, alive, distances (T, *rows), T = steps that were run.
+    `weights` of a row that took a step sum to one: what the rule left over stands at its last step. `residuals` are the
+    relative changes max |h_t - h_{t-1}| / |h_t| and `distances` the changes max |h_t - h_{t-1}|, over a row's real
+    positions; `alive` says who took step t; `states` holds T states or None.
     """
 
     steps: Tensor
@@ -37,6 +38,7 @@ class Trajectory(NamedTuple):
     residuals: Tensor
     alive: Tensor
     states: tuple[State, ...] | None
+    distances: Tensor
 
     @property
     def last(self) -> Tensor:
@@ -132,7 +134,7 @@ class Notes(NamedTuple):
     inner: Memory
     state: State
     rows: Rows
-    steps: tuple[tuple[Tensor, Tensor, Tensor, Tensor], ...] = ()
+    steps: tuple[tuple[Tensor, ...], ...] = ()
     states: tuple[State, ...] = ()
 
 
@@ -153,22 +155,23 @@ class Recorded:
 
     def fold(self, folded: Notes, state: State, verdict: Verdict, alive: Tensor) -> Notes:
         with torch.no_grad():
-            residual = change(folded.state, state, folded.rows)
+            residual, moved = (measure(folded.state, state, folded.rows) for measure in (change, distance))
         return Notes(
             self.inner.fold(folded.inner, state, verdict, alive),
             state,
             folded.rows,
-            (*folded.steps, (verdict.weight, verdict.score, residual, alive)),
+            (*folded.steps, (verdict.weight, verdict.score, residual, alive, moved)),
             (*folded.states, state) if self.keep else (),
         )
 
     def finish(self, folded: Notes, carry: Carry) -> Any:
         if folded.steps:
-            weights, scores, residuals, alive = (torch.stack(series) for series in zip(*folded.steps, strict=True))
+            series = [torch.stack(each) for each in zip(*folded.steps, strict=True)]
         else:
             empty = folded.rows.zeros(carry.state)[None][:0]
-            weights, scores, residuals, alive = empty, empty, empty, empty.bool()
+            series = [empty, empty, empty, empty.bool(), empty]
+        weights, scores, residuals, alive, distances = series
         states = folded.states if self.keep else None
-        path = Trajectory(carry.steps, carry.halted, weights, scores, residuals, alive, states)
+        path = Trajectory(carry.steps, carry.halted, weights, scores, residuals, alive, states, distances)
         self.calls.append(path._replace(weights=weights + path.last * (1 - weights.sum(0))))
         return self.inner.finish(folded.inner, carry)

@@ -54,10 +54,35 @@ RECIPES = {
         "Strings of up to 10 symbols learned, of 40 generated: Universal Transformers against a plain one.",
         "30 minutes",
     ),
+    "poisson": Recipe(
+        "loopaware.recipes.poisson:run",
+        "Poisson's equation: a solver of 36 numbers, learned on small grids, against Jacobi, SOR, conjugate gradients "
+        "and multigrid on large ones, every solution to a tolerance that halting guarantees.",
+        "2 minutes",
+    ),
+    "fixed-point": Recipe(
+        "loopaware.recipes.fixed_point:run",
+        "Implicit gradients against 1,500 steps of backpropagation: error, memory and time, by rate of contraction.",
+        "1 minute",
+    ),
+    "sudoku": Recipe(
+        "loopaware.recipes.sudoku:run",
+        "Sudoku of 6 x 6: one small layer that recurs on its answer, its heads told rows, columns and blocks, solves "
+        "nineteen of twenty, plain layers of equal CPU time three of four; each puzzle stops by itself, in tests too.",
+        "7 minutes",
+    ),
     "reactions": Recipe(
         "loopaware.recipes.reactions:run",
         "A pretrained looped ALBERT reads real chemical reactions: accuracy by loops, and what each training-free "
         "halting rule saves.",
         "2 minutes, and a download of 3 MB",
+    ),
+}
+
+BENCHMARKS = {
+    "gradients": Recipe(
+        "loopaware.recipes.gradients:run",
+        "Every gradient rule against backpropagation through all steps: parity, peak memory by steps, time.",
+        "2 minutes",
     ),
 }

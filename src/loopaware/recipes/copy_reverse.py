@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from loopaware import body, files, halt, observe, train
 from loopaware.checks import bounded
 from loopaware.models import UniversalDecoder, UniversalEncoder, UniversalTransformer
-from loopaware.models.universal import Coordinates, tied_block
-from loopaware.nn import Sinusoidal
+from loopaware.models.universal import Coordinates, Step, tied_block
+from loopaware.nn import LayerNorm, Post, Pre, Sinusoidal
 from loopaware.observe import Report, Tape
 from loopaware.observe.figures import figure
 from loopaware.recipes.shared import adam, curve, show, spread
@@ -125,18 +125,25 @@ def run(
 
 
 def made(plan: Plan, name: str) -> UniversalTransformer:
-    """The net of one kind; a plain transformer is one step of a stack of blocks that share nothing."""
+    """The net of one kind; a plain transformer is one step of a stack of blocks that share nothing.
+
+    The plain one norms before its sub-layers: with the norms behind them it learned nothing in this budget.
+    """
+    plain = name == PLAIN
 
     def block(decoder: bool) -> nn.Module:
         def one() -> nn.Module:
-            return tied_block(plan.dim, plan.heads, decoder=decoder)
+            return tied_block(plan.dim, plan.heads, decoder=decoder, placement=Pre() if plain else Post())
 
-        return body.Stack(*(one() for _ in range(plan.loops))) if name == PLAIN else one()
+        return body.Stack(*(one() for _ in range(plan.loops))) if plain else one()
 
     def parts() -> dict[str, Any]:
-        times = None if name == PLAIN else Sinusoidal(plan.dim)
-        signal = Coordinates(Sinusoidal(plan.dim), times, shift=0 if name == STILL else plan.shift)
-        return {"signal": signal, "halt": halt.ACT(halt.Linear(plan.dim, bias=-3.0)) if name == ACT else None}
+        times = None if plain else Sinusoidal(plan.dim)
+        return {
+            "signal": Coordinates(Sinusoidal(plan.dim), times, shift=0 if name == STILL else plan.shift),
+            "halt": halt.ACT(halt.Linear(plan.dim, bias=-3.0)) if name == ACT else None,
+            "norm": LayerNorm(plan.dim) if plain else None,
+        }
 
     most = {PLAIN: 1, ACT: 2 * plan.loops}.get(name, plan.loops)
     encoder = UniversalEncoder(block(decoder=False), most, **parts())
@@ -208,9 +215,14 @@ def tested(net: UniversalTransformer, batch: strings.Strings) -> Score:
         whole=whole.mean().item(),
         copied=whole[batch.task == strings.COPY].mean().item(),
         reversed=whole[batch.task == strings.REVERSE].mean().item(),
-        loops=float(loops) * len(getattr(net.encoder.loop.body.block, "bodies", [0])),
+        loops=float(loops) * blocks(net),
         flops=operations(net, batch, [path.steps for path in paths]),
     )
+
+
+def blocks(net: UniversalTransformer) -> int:
+    """Blocks of a step: one, or those of the plain net's stack."""
+    return len(getattr(cast(Step, net.encoder.loop.body).block, "bodies", [0]))
 
 
 def operations(net: UniversalTransformer, batch: strings.Strings, steps: list[Tensor]) -> float:

@@ -209,26 +209,28 @@ def report(found: dict[int, list[Estimate]], steps: int, draws: int) -> Report:
         "Bias below its noise cannot be told from none: that is so for REINFORCE alone. The others run every step to "
         "the bound for each draw, REINFORCE only those it takes, in each of its runs. The right plot is the error of a "
         "mean of many draws, the root of bias squared plus variance over their number: where the lines cross, more "
-        "draws favour the estimator without bias."
+        "draws favour the estimator without bias. What is not drawn has no deviation, and is missing on the left."
     )
     return page
 
 
 def plotted(found: dict[int, list[Estimate]]) -> Figure:
-    made = figure(9, 4, columns=2)
+    made = figure(9, 4.4, columns=2)
     left, right = made.axes
     for index, group in enumerate(zip(*found.values(), strict=True)):
         (line,) = left.plot([e.spread for e in group], [e.bias for e in group], ls="", ms=6, label=group[0].name)
-        if index >= 6:
-            line.set_markerfacecolor("none")
+        face = "none" if index >= 6 else line.get_color()
+        line.set_markerfacecolor(face)
         name, bias, noise, spread, _ = averaged(found)[index]
         known = bias if bias > 2 * noise else 0.0
         error = [(known**2 + spread**2 / count) ** 0.5 for count in COUNTS]
-        right.plot(COUNTS, error, label=name, color=line.get_color(), marker=line.get_marker(), ms=4)
+        right.plot(COUNTS, error, label=name, color=line.get_color(), marker=line.get_marker(), mfc=face, ms=4)
     low = max(group.noise for estimates in found.values() for group in estimates[:2])
     left.axhline(low, color="black", lw=0.8, ls=":", marker="")
-    left.annotate("noise of the measurement", (1, low), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    left.annotate("noise of the measurement", (0.01, low), xycoords=("axes fraction", "data"), ha="left", va="bottom")
     left.set(xscale="log", yscale="log", xlabel="standard deviation of one draw", ylabel="bias")
     right.set(xscale="log", yscale="log", xlabel="draws averaged", ylabel="error of the mean")
-    left.legend(fontsize="x-small")
+    left.set_xticks([0.5, 1.0, 2.0, 5.0], ["0.5", "1", "2", "5"])
+    left.minorticks_off()
+    made.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
     return made

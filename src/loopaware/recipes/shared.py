@@ -40,9 +40,9 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on the terminal."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    drawn = Table(*columns, title=title)
+    drawn = Table(*(Column(name, overflow="fold") for name in columns), title=title)
     for row in rows:
         drawn.add_row(*row)
     Console().print(drawn)

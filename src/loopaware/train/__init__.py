@@ -4,7 +4,7 @@ In: a model, an objective, batches as a function of the step. Out: a trained mod
 Deliberately elsewhere: recordings (`loopaware.observe`), which objectives read.
 """
 
-from loopaware.train import objectives
+from loopaware.train import objectives, stability
 from loopaware.train.average import Average
 from loopaware.train.checkpoint import latest, load, load_model, save, save_model
 from loopaware.train.fit import fit
@@ -25,4 +25,5 @@ __all__ = [
     "objectives",
     "save",
     "save_model",
+    "stability",
 ]

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid, softplus
 
+from loopaware import tree
 from loopaware.checks import between
+from loopaware.protocols import Rows
 
 if TYPE_CHECKING:
     from loopaware.observe import Trajectory
@@ -169,6 +171,58 @@ def reinforce(paths: Sequence[Trajectory], costs: Tensor) -> Tensor:
     advantage = detached - (detached.sum(0) - detached) / (count - 1)
     chances = torch.stack([log_probability(path) for path in paths])
     return (costs + advantage * (chances - chances.detach())).mean(0)
+
+
+def norm_stabiliser(path: Trajectory, mask: Tensor | None = None) -> Tensor:
+    """(|h_t| - |h_{t-1}|)^2: the state keeps its size, whichever way it turns; the mean over the steps of a row.
+
+    This and the next two read recorded states (`states=True`), h_1 on, so a row's second step is the first that is
+    counted; norms are over features, means over a row's real positions, then over the tensors of a state. A loop that
+    comes to rest needs none of them; `train.stability.jacobian` is about the map, these are about one path.
+
+    Args:
+        mask: of real positions, as it was given to the loop; without it padding inside a row counts.
+
+    References: D. Krueger, R. Memisevic, "Regularizing RNNs by Stabilizing Activations", 2015, arXiv 1511.08400.
+    """
+    growths = [torch.linalg.vector_norm(leaf, dim=-1, keepdim=True).diff(dim=0).square() for leaf in recorded(path)]
+    return over_steps(over_positions(growths, path, mask), path.alive[1:])
+
+
+def temporal_activation(path: Trajectory, mask: Tensor | None = None) -> Tensor:
+    """(h_t - h_{t-1})^2, the mean over features, positions and the steps of a row: small steps (TAR).
+
+    References: S. Merity et al., "Revisiting Activation Regularization for Language RNNs", 2017, arXiv 1708.01009.
+    """
+    return over_steps(
+        over_positions([leaf.diff(dim=0).square() for leaf in recorded(path)], path, mask), path.alive[1:]
+    )
+
+
+def activation(path: Trajectory, mask: Tensor | None = None) -> Tensor:
+    """h_t^2, the mean over features, positions and the steps of a row: small states (AR, in the same paper)."""
+    return over_steps(over_positions([leaf.square() for leaf in recorded(path)], path, mask), path.alive)
+
+
+def recorded(path: Trajectory) -> list[Tensor]:
+    """The tensors of the recorded states, steps first, in at least float32. Shapes: -> (T, *rows, ..., d) each."""
+    if path.states is None:
+        raise ValueError(
+            "the states of a trajectory must be recorded, got None. Take observe.record(model, states=True)."
+        )
+    steps = zip(*(tree.leaves(state) for state in path.states), strict=True)
+    stacked = [
+        torch.stack([leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in each]) for each in steps
+    ]
+    return [leaf if leaf.ndim > path.alive.ndim else leaf[..., None] for leaf in stacked]
+
+
+def over_positions(leaves: list[Tensor], path: Trajectory, mask: Tensor | None) -> Tensor:
+    """The mean of each row and step over features, real positions and leaves. Shapes: (T, *rows, ...) -> (T, *rows)."""
+    if not leaves:
+        return path.residuals
+    real = None if mask is None else mask.expand(len(leaves[0]), *mask.shape)
+    return torch.stack([Rows(path.alive.ndim, real).mean(leaf).mean(-1) for leaf in leaves]).mean(0)
 
 
 def over_steps(values: Tensor, weights: Tensor) -> Tensor:

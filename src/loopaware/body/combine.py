@@ -1,21 +1,21 @@
-"""What a loop computes: combinators that make bodies from blocks.
+"""Combinators: bodies made from blocks, functions and other bodies.
 
-In: `(state, context, index)`. Out: a proposal with the state's shapes. Any module or function of these three is a
-body by itself. Deliberately elsewhere: the blocks and fusions (`loopaware.nn`), and how a proposal is taken
-(`loopaware.update`).
+In: blocks and bodies. Out: a body. Deliberately elsewhere: the blocks and fusions (`loopaware.nn`), and bodies that
+solve equations (`loopaware.body.linear`, `loopaware.body.nonlinear`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor, nn
 
 from loopaware import tree
 from loopaware.checks import shown
 from loopaware.protocols import Body, Context, State
 
-__all__ = ["Called", "Injected", "Stack", "Timed"]
+__all__ = ["Called", "Injected", "Stack", "Surrogate", "Timed"]
 
 
 class Injected(nn.Module):
@@ -135,3 +135,39 @@ class Called(nn.Module):
     def extra_repr(self) -> str:
         name = "" if isinstance(self.function, nn.Module) else shown(self.function)
         return ", ".join(filter(None, [name, "whole=True" if self.whole else ""]))
+
+
+class Surrogate(nn.Module):
+    """Take values from one body and derivatives from another: proposal = sg[f(h)] + g(h) - sg[g(h)].
+
+    Use it under `grad.Implicit` where f reaches a fixed point fast but has no useful derivative there, as conjugate
+    gradients, and g is a plainer body with the same fixed point. The gradient of the fixed point is then exact. Under
+    other gradients it is g's, not f's. Without gradients g is not run.
+
+    Args:
+        values: f.
+        derivative: g, with the same fixed points and states as f.
+
+    >>> import torch
+    >>> body = Surrogate(Called(torch.round), Called(torch.nn.Identity()))
+    >>> x = torch.tensor([0.7], requires_grad=True)
+    >>> torch.autograd.grad(body(x, None, 0), x)
+    (tensor([1.]),)
+    """
+
+    def __init__(self, values: Body, derivative: Body):
+        super().__init__()
+        self.values = values
+        self.derivative = derivative
+
+    def forward(self, state: State, context: Context, index: int) -> State:
+        if not torch.is_grad_enabled():
+            return self.values(state, context, index)
+        with torch.no_grad():
+            values = self.values(state, context, index)
+        carrier = self.derivative(state, context, index)
+        return tree.map(lambda value, slope: value + (slope - slope.detach()), values, carrier)
+
+    def extra_repr(self) -> str:
+        parts = {"values": self.values, "derivative": self.derivative}
+        return ", ".join(f"{name}={shown(part)}" for name, part in parts.items() if name not in self._modules)
