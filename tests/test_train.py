@@ -302,3 +302,28 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, name):
     model, optimizer = simple()
     with pytest.raises(ImportError, match=rf"{name} must be installed .*pip install 'loopaware\[train\]'"):
         train.fit(model, objective, batches, optimizer, steps=3, journal=train.Journal(tmp_path, tensorboard=True))
+
+
+def test_two_processes_never_train_in_one_folder(tmp_path):
+    """The second is refused while the first runs, and goes on from it once that has been killed."""
+    code = "import sys, time; from loopaware import files; kept = files.Reserved(sys.argv[1]); print(1, flush=True); "
+    words = [sys.executable, "-c", code + "time.sleep(60)", str(tmp_path)]
+
+    def trained():
+        net = torch.nn.Linear(1, 1)
+        journal, optimizer = train.Journal(tmp_path), torch.optim.SGD(net.parameters(), lr=0.1)
+        return train.fit(
+            net,
+            lambda net, batch, step: (net(batch).sum(), {}),
+            lambda *_: torch.ones(1, 1),
+            optimizer,
+            steps=2,
+            journal=journal,
+        )
+
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(ValueError, match="must be used by one process at a time, got a second one. Wait for"):
+            trained()
+        other.kill()
+    assert trained() and trained()

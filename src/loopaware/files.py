@@ -36,3 +36,37 @@ def write(path: str | Path, content: bytes | str) -> Path:
             str(path),
         ) from error
     return path
+
+
+class Reserved:
+    """A folder that no other process runs in, until this is closed or its process ends, however it ends.
+
+    Where the system has no locks (Windows) nothing is kept.
+
+    Raises:
+        ValueError: another process is running there.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.descriptor: int | None = None
+        try:
+            import fcntl
+        except ImportError:
+            return
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.descriptor = os.open(Path(folder) / ".lock", os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise ValueError(
+                f"{folder} must be used by one process at a time, got a second one. Wait for the other, or choose "
+                "another folder."
+            ) from error
+
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    __del__ = close

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loopaware import tree
+from loopaware import files, tree
 from loopaware.checks import bounded
 from loopaware.train.average import Average
 from loopaware.train.checkpoint import fitted
@@ -58,7 +58,7 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is not finite; names the step.
-        ValueError: the journal holds another run, or a broken checkpoint.
+        ValueError: the journal holds another run or a broken checkpoint, or another process trains in its folder.
     """
     bounded("steps", steps, "Train at least one step.")
     accelerator = accelerated()
@@ -103,12 +103,14 @@ class Keeper:
     ):
         self.model, self.optimizer, self.average = model, optimizer, average
         self.journal, self.writes = journal, writes
+        self.reserved: files.Reserved | None = None
         self.lines: list[dict[str, Any]] = []
 
     def open(self, settings: dict[str, Any]) -> int:
         """Fill model, optimizer and average from the newest checkpoint; how many steps are done."""
         if self.journal is None:
             return 0
+        self.reserved = files.Reserved(self.journal.folder) if self.writes else None
         stored = self.journal.open(settings)
         self.lines = self.journal.history()
         if stored is None:
@@ -145,6 +147,8 @@ class Keeper:
     def close(self) -> list[dict[str, Any]]:
         if self.journal is not None:
             self.journal.close()
+        if self.reserved is not None:
+            self.reserved.close()
         return self.lines
 
 
