@@ -610,5 +610,5 @@ def test_what_cannot_work_is_refused():
         tensor2tensor_act(Loop(nn.Identity(), 3), DIM)
     with pytest.raises(ValueError, match="grad must differentiate every step when halting is learned"):
         tensor2tensor_act(encoder().loop, DIM).replace(grad=grad.Truncated(2))
-    with pytest.raises(ValueError, match="readout must return the last state when the gradient takes an extra step"):
+    with pytest.raises(ValueError, match="readout must return the last state when no other carries a gradient"):
         Loop(encoder().loop.body, 3, readout=tensor2tensor_act(encoder().loop, DIM).readout, grad=grad.OneStep())

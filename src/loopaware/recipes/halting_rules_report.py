@@ -14,6 +14,7 @@ from loopaware.recipes.shared import spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 
 class Score(NamedTuple):
@@ -86,14 +87,21 @@ def middle(results: list[Result]) -> list[int]:
     return [hops[len(hops) // 2], hops[-1]]
 
 
+def told_apart(line: Line2D, index: int) -> None:
+    """Six colours and markers come round twice, the second time hollow; then there is black."""
+    if index >= 6:
+        line.set_markerfacecolor("none")
+    if index >= 12:
+        line.set(color="black", marker="x+*"[index % 3])
+
+
 def scattered(results: list[Result]) -> Figure:
     made = figure(9, 4.6, columns=2)
     for axes, hops in zip(made.axes, middle(results), strict=True):
         for index, (name, group) in enumerate(grouped(results).items()):
             x, y = ([getattr(result.scores[hops], field) for result in group] for field in ("steps", "accuracy"))
             (line,) = axes.plot(x, y, ls="", ms=6, alpha=0.8, label=name)
-            if index >= 6:
-                line.set_markerfacecolor("none")
+            told_apart(line, index)
         axes.axvline(hops, color="black", lw=0.8, ls=":", marker="")
         axes.set(title=f"{hops} hops", xlabel="mean loops (dotted: the hops)", ylabel="problems right", ylim=(0, 1.03))
     made.legend(*made.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="x-small")
@@ -107,8 +115,7 @@ def following(results: list[Result]) -> Figure:
     for index, (name, group) in enumerate(grouped(results).items()):
         means = [sum(result.scores[n].steps for result in group) / len(group) for n in hops]
         (line,) = axes.plot(hops, means, label=name, ms=5)
-        if index >= 6:
-            line.set_markerfacecolor("none")
+        told_apart(line, index)
     axes.plot(hops, [n + 1 for n in hops], color="black", lw=1, ls="-", marker="", label="hops + 1")
     axes.set(xlabel="hops", ylabel="mean loops", xticks=hops)
     made.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
