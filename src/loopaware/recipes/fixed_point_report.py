@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopaware.observe import Report
 from loopaware.observe.figures import figure
-from loopaware.recipes.shared import curve
+from loopaware.recipes.shared import curve, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,8 +109,7 @@ def errors(results: list[Found]) -> Figure:
     for index, rule in enumerate(rules):
         by_seed = [[next(f.error for f in of(results, rule, r) if f.seed == seed) for r in rates] for seed in seeds]
         curve(axes, [1 - rate for rate in rates], [[max(e, 1e-16) for e in series] for series in by_seed], rule)
-        if index >= 6:
-            axes.get_lines()[-1].set_markerfacecolor("none")
+        told_apart(axes.get_lines()[-1], index)
     axes.set(xscale="log", yscale="log", xlabel="1 - contraction rate", ylabel="relative error of the gradient")
     axes.invert_xaxis()
     axes.set_xticks([1 - rate for rate in rates], [f"{1 - rate:g}" for rate in rates])
@@ -124,8 +123,7 @@ def bytes_figure(memory: dict[str, list[int]], lengths: list[int]) -> Figure:
     (axes,) = made.axes
     for index, (rule, counts) in enumerate(memory.items()):
         (line,) = axes.plot(lengths, counts, label=rule)
-        if index >= 6:
-            line.set_markerfacecolor("none")
+        told_apart(line, index)
     axes.set(xscale="log", yscale="log", xlabel="steps", ylabel="peak bytes")
     axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.minorticks_off()

@@ -24,7 +24,7 @@ from loopaware.nn import Add, Attention, Block, FeedForward, Post
 from loopaware.observe import Report
 from loopaware.observe.figures import figure
 from loopaware.protocols import Context, Grad, State
-from loopaware.recipes.shared import show
+from loopaware.recipes.shared import show, told_apart
 from loopaware.train.progress import Progress, within
 
 if TYPE_CHECKING:
@@ -224,8 +224,7 @@ def memory(lines: list[Line], lengths: list[int]) -> Figure:
     for axes, loop in zip(made.axes, dict.fromkeys(line.loop for line in lines), strict=True):
         for index, line in enumerate(each for each in lines if each.loop == loop):
             (drawn,) = axes.plot(lengths, [count / 1e6 for count in line.bytes], label=line.rule)
-            if index >= 6:
-                drawn.set_markerfacecolor("none")
+            told_apart(drawn, index)
         axes.set(title=loop, xscale="log", yscale="log", xlabel="steps", ylabel="peak, million bytes")
         axes.set_xticks(lengths, [str(n) for n in lengths])
         axes.minorticks_off()

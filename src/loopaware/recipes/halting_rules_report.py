@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopaware.observe import Report
 from loopaware.observe.figures import figure
-from loopaware.recipes.shared import spread
+from loopaware.recipes.shared import spread, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 
 class Score(NamedTuple):
@@ -85,14 +84,6 @@ def middle(results: list[Result]) -> list[int]:
     """Two numbers of hops: the middle one, and the largest."""
     hops = list(results[0].scores)
     return [hops[len(hops) // 2], hops[-1]]
-
-
-def told_apart(line: Line2D, index: int) -> None:
-    """Six colours and markers come round twice, the second time hollow; then there is black."""
-    if index >= 6:
-        line.set_markerfacecolor("none")
-    if index >= 12:
-        line.set(color="black", marker="x+*"[index % 3])
 
 
 def scattered(results: list[Result]) -> Figure:

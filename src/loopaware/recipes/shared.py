@@ -16,6 +16,7 @@ from torch.optim import AdamW, Optimizer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 
 def adam(net: nn.Module, rate: float, halting: Iterable[nn.Parameter] = (), faster: float = 10.0) -> Optimizer:
@@ -53,3 +54,11 @@ def curve(axes: Axes, x: Sequence[float], seeds: Sequence[Sequence[float]], labe
     series = torch.tensor(seeds)
     (line,) = axes.plot(x, series.mean(0).tolist(), label=label, ms=4)
     axes.fill_between(x, series.amin(0).tolist(), series.amax(0).tolist(), color=line.get_color(), alpha=0.15, lw=0)
+
+
+def told_apart(line: Line2D, index: int) -> None:
+    """Six colours and markers come round twice, the second time hollow; then there is black."""
+    if index >= 6:
+        line.set_markerfacecolor("none")
+    if index >= 12:
+        line.set(color="black", marker="x+*"[index % 3])
