@@ -70,6 +70,7 @@ PARTS = [
     Part("update", "GRU", lambda: update.GRU(DIM, chrono=8)),
     Part("update", "LSTM", lambda: update.LSTM(DIM, chrono=8)),
     Part("update", "Momentum", lambda: update.Momentum(0.3)),
+    Part("update", "Quantized", lambda: update.Quantized(update.Damped(0.5), 8)),
     Part("update", "Dropout", lambda: update.Dropout(update.Residual(DIM, gain=0.7), rate=0.3)),
     Part("halt", "Never", halt.Never),
     Part("halt", "Converged", lambda: halt.Converged(rtol=0.05)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from loopaware import Loop, grad, halt, models, testing, train
-from loopaware.recipes import fixed_point, gradients
+from loopaware.recipes import fixed_point, gradients, quantized
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +117,15 @@ def test_bench_gradients_reports_nothing_if_a_rule_is_wrong(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"must be within 0.001 of full backpropagation, got \['coupled, Reversible"):
         gradients.run(tmp_path, **TINY)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_bench_quantized_end_to_end(tmp_path, capsys):
+    quantized.run(tmp_path, lengths=(1, 3), seeds=(0,), dim=8, heads=2, tokens=3, batch=2)
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    lines = json.loads((tmp_path / "results.json").read_text())["lines"]
+    for loop in ("at rest", "growing"):
+        errors = {line["kind"]: line["errors"][0] for line in lines if line["loop"] == loop}
+        assert 0 < errors["float16"] < errors["bfloat16"] < errors["8 bits"] < errors["6 bits"] < errors["4 bits"] < 0.3
 
 
 @pytest.mark.slow

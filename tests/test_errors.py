@@ -160,6 +160,8 @@ def test_states_and_contexts_that_are_none():
         (lambda: update.Momentum(0.5, rate=2.0), "rate must be above 0.0 and at most 1.0, got 2.0"),
         (lambda: update.GRU(4, chrono=2), "chrono must be at least 3, got 2"),
         (lambda: update.Residual(0), "dim must be at least 1, got 0"),
+        (lambda: update.Quantized(update.Replace(), 1), "kind must be at least 2, got 1"),
+        (lambda: update.Quantized(update.Replace(), 17), "kind must be at most 16 bits, got 17. Take torch.float32"),
         (lambda: init.Zeros(0), "dim must be at least 1, got 0"),
         (lambda: init.Gaussian(std=0.0), "std must be above 0.0 and at most inf, got 0.0"),
         (lambda: grad.Truncated(0), "last must be at least 1, got 0"),
@@ -221,3 +223,8 @@ def test_a_folder_that_is_a_file(tmp_path):
 
 def test_trees_are_described_by_shapes():
     assert tree.describe({"a": X, "b": (X[0], None)}) == {"a": (2, 5, 4), "b": ((5, 4), None)}
+
+
+def test_a_type_that_is_no_precision():
+    with pytest.raises(TypeError, match=r"kind must be a floating-point type, got torch.int8. For integers give"):
+        update.Quantized(update.Replace(), torch.int8)

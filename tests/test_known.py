@@ -220,3 +220,28 @@ def test_between_is_open_below_and_closed_above():
     assert between("rate", 1.0, 0.0, 1.0, "") == 1.0
     with pytest.raises(ValueError, match=r"rate must be above 0.0 and at most 1.0, got 0.0\. Try 1"):
         between("rate", 0.0, 0.0, 1.0, "Try 1.")
+
+
+@pytest.mark.parametrize(("kind", "levels"), [(2, 3), (4, 15), (8, 255), (16, None)])
+def test_integers_share_a_scale_for_each_position(kind: int, levels: int | None):
+    part, proposal = update.Quantized(update.Replace(), kind), torch.randn(63, 5, 999).requires_grad_()
+    new, _ = part(torch.zeros_like(proposal), proposal, part.start(proposal))
+    most = proposal.detach().abs().amax(-1, keepdim=True)
+    step = most / (2 ** (kind - 1) - 1)
+    assert ((new - proposal).detach().abs() <= step / 2 + 1e-6).all(), "never further than half a step"
+    torch.testing.assert_close(new.detach().abs().amax(-1, keepdim=True), most)
+    if levels is not None:
+        ratios = (new.detach() / step).round(decimals=3)
+        assert max(len(row.unique()) for row in ratios.flatten(0, 1)) <= levels
+        torch.testing.assert_close(ratios, ratios.round())
+    (new * 3).sum().backward()
+    assert torch.equal(proposal.grad, torch.full_like(proposal, 3.0)), "straight through"
+    zero = torch.zeros(2, 3)
+    assert torch.equal(part(zero, zero, None)[0], zero), "nothing is divided by a scale of zero"
+
+
+def test_half_precisions_round_each_number():
+    proposal = torch.randn(3, 7)
+    for kind in (torch.float16, torch.bfloat16):
+        new, _ = update.Quantized(update.Replace(), kind)(proposal, proposal, None)
+        assert torch.equal(new, proposal.to(kind).float()) and new.dtype == torch.float32

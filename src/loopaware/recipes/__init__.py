@@ -85,4 +85,9 @@ BENCHMARKS = {
         "Every gradient rule against backpropagation through all steps: parity, peak memory by steps, time.",
         "2 minutes",
     ),
+    "quantized": Recipe(
+        "loopaware.recipes.quantized:run",
+        "The error of states that are kept in few bits between steps, by bits and steps, against float32.",
+        "20 seconds",
+    ),
 }

@@ -111,9 +111,9 @@ def claims(line: Line) -> bool:
     return rules(line.loop)[line.rule].complete
 
 
-def resting(dim: int, heads: int, part: Grad) -> Loop:
+def resting(dim: int, heads: int, part: Grad, seed: int = 0) -> Loop:
     """A transformer block that sees its input at every step and comes to rest: damped, its last maps made small."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     feedforward = FeedForward(dim)
     block = Block(dim, heads, placement=Post(), feedforward=feedforward)
     with torch.no_grad():
