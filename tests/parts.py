@@ -106,6 +106,7 @@ PARTS = [
     Part("grad", "Reversible", grad.Reversible),
     Part("execute", "Unrolled", execute.Unrolled),
     Part("execute", "Eager", execute.Eager),
+    Part("execute", "Compacted", lambda: execute.Compacted(break_even=0)),
     Part("nn", "Add", blocks.Add),
     Part("nn", "Concat", lambda: blocks.Concat(DIM)),
     Part("nn", "Gated", lambda: blocks.Gated(DIM)),

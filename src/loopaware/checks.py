@@ -86,6 +86,11 @@ def logits(rule: Any, user: str) -> Any:
     return rule
 
 
+def keeps(body: Any, update: Any) -> bool:
+    """Whether stopped rows are as they were after a step without being put back: body and update leave them alone."""
+    return getattr(body, "keeps", False) is True and getattr(update, "takes_proposal", False)
+
+
 def fitting(loop: Any) -> None:
     """Refuse pairs of parts that cannot work together, by the traits they declare."""
     if loop.halt.learned and not loop.grad.complete:
@@ -118,4 +123,9 @@ def invertible(loop: Any) -> None:
         raise ValueError(
             f"update must take the body's proposal as it is for {loop.grad!r}, got {shown(loop.update)}. "
             "Take update.Replace(), or grad.Checkpointed()."
+        )
+    if getattr(loop.execute, "gathers", False):
+        raise ValueError(
+            f"execute must run all rows for {loop.grad!r}, got {shown(loop.execute)}. A step of some rows draws other "
+            "random numbers than its inverse: take execute.Eager(), or grad.Checkpointed()."
         )

@@ -19,7 +19,7 @@ from loopaware import init as inits
 from loopaware import protocols, tree
 from loopaware import readout as readouts
 from loopaware import update as updates
-from loopaware.checks import bounded, fitting, real_positions, same_shape, shown
+from loopaware.checks import bounded, fitting, keeps, real_positions, same_shape, shown
 from loopaware.protocols import Body, Carry, Context, Execute, Grad, Halt, Init, Output, Readout, Rows, Update, Verdict
 
 
@@ -85,14 +85,14 @@ class Loop(nn.Module):
             steps=rows.zeros(state, torch.long),
         )
 
-    def advance(self, carry: Carry, context: Context) -> Carry:
-        """One step: every row that is alive moves on, every other stays exactly as it is."""
-        alive = carry.alive
-        proposal = same_shape(self.body(carry.state, context, carry.index), carry.state)
+    def advance(self, carry: Carry, context: Context, body: Body | None = None) -> Carry:
+        """One step: every row that is alive moves on, every other stays exactly as it is. `body`: for its own."""
+        alive, body = carry.alive, self.body if body is None else body
+        proposal = same_shape(body(carry.state, context, carry.index), carry.state)
         state, update = self.update(carry.state, proposal, carry.update)
         verdict, halt = self.halt(carry.state, state, carry.halt, carry.index)
         if self.halt.stops or carry.rows.mask is not None:
-            kept = (carry.state, carry.update, carry.halt)
+            kept = (state if keeps(body, self.update) else carry.state, carry.update, carry.halt)
             state, update, halt = tree.where(alive, (state, update, halt), kept)
         open_rows = alive & ~carry.halted
         verdict = Verdict(verdict.stop & open_rows, verdict.weight * open_rows, verdict.score)
@@ -117,8 +117,9 @@ class Loop(nn.Module):
             raise ValueError(
                 "mask must be None when a carry is given, got both. The carry holds the mask it began with."
             )
+        advance = protocols.Advance(self.advance, context, self.body, self.readout)
         run = protocols.Run(
-            lambda carry, steps: self.execute(lambda now: self.advance(now, context), carry, steps),
+            lambda carry, steps: self.execute(advance, carry, steps),
             lambda state, index: self.body.inverse(state, context, index),  # pyright: ignore[reportAttributeAccessIssue]
         )
         carry = self.grad(run, carry, max(limit - carry.index, 0))

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
 
 from loopaware import tree
+from loopaware.tokens import Tokens
 
 State = Any
 Memory = Any
@@ -132,7 +133,42 @@ class Output(NamedTuple):
         return torch.where(real, status, int(Status.PADDING))
 
 
-Advance = Callable[[Carry], Carry]
+class Ran(NamedTuple):
+    """What a run of `execute.Compacted` executed, step by step, and what kept it from leaving out more.
+
+    `rows` is the number of rows of the batch; `body` and `rest` say for how many of them the body, and the update and
+    the rule, were run at each step, rows that only served as keys not counted. `reason` is empty, or says why no step
+    could leave out all rows that had stopped.
+    """
+
+    rows: int
+    body: tuple[int, ...]
+    rest: tuple[int, ...]
+    reason: str = ""
+
+    @property
+    def share(self) -> float:
+        """The rows the body was run for, against all rows at each of these steps; 0 if there was no step."""
+        return sum(self.body) / max(self.rows * len(self.body), 1)
+
+
+class Advance(NamedTuple):
+    """What an execution is given: one step, on all sequences of the context or on some of them.
+
+    `step(carry, context, body)` is the driver's; `body` and `readout` are the loop's, for the traits they declare.
+    """
+
+    step: Callable[[Carry, Context, Body], Carry]
+    context: Context
+    body: Body
+    readout: Readout
+
+    def __call__(self, carry: Carry) -> Carry:
+        return self.step(carry, self.context, self.body)
+
+    def among(self, index: Tensor, batch: int, shared: tuple[str, ...] | None = None) -> Advance:
+        """The step of some sequences, for carries that were gathered likewise. Shapes: index (k), of `batch`."""
+        return self._replace(context=tree.among(index, self.context, batch, shared))
 
 
 class Run(NamedTuple):
@@ -152,6 +188,27 @@ class Body(Protocol):
     """What is computed? Law: rows in, rows out; the proposal has the shapes of the state."""
 
     def __call__(self, state: State, context: Context, index: int, /) -> State: ...
+
+
+class Partial(Protocol):
+    """A body that can be run for some tokens, which look at all of them. Law: these proposals equal the whole body's.
+
+    `partial`: it can, as it is built. `some` returns the proposals of `tokens.run`, and what it wants to be handed at
+    the next step: numbers of all tokens that only those in `tokens.moved` change, as keys and values. It is handed None
+    when there are none, or when they no longer hold.
+
+    Shapes: state (B, T, D), n tokens of it -> (1, n, D).
+    """
+
+    @property
+    def partial(self) -> bool: ...
+    def some(self, state: Tensor, context: Context, index: int, tokens: Tokens, held: Any, /) -> tuple[Tensor, Any]: ...
+
+
+def partial(body: object) -> TypeGuard[Partial]:
+    """Whether a body declares that it can be run for some tokens, and has no hooks, which a part would not call."""
+    hooks = getattr(body, "_forward_hooks", None) or getattr(body, "_forward_pre_hooks", None)
+    return getattr(body, "partial", False) is True and not hooks
 
 
 class Init(Protocol):
@@ -196,7 +253,8 @@ class Halt(Protocol):
 class Readout(Protocol):
     """What is returned? Law: folding in two pieces equals folding in one.
 
-    `weighted`: earlier states than the last reach the value.
+    `weighted`: earlier states than the last reach the value. A readout may also declare `settles`: what it has folded
+    of a row does not change after the row has stopped, so that the row may leave the batch; without it, it stays.
     """
 
     @property
@@ -223,6 +281,9 @@ class Grad(Protocol):
 
 
 class Execute(Protocol):
-    """How are steps run? Law: equals the naive run in outputs and gradients."""
+    """How are steps run? Law: equals the naive run in outputs and gradients.
+
+    `advance` makes one step; where only that is asked for, any function of a carry serves.
+    """
 
     def __call__(self, advance: Advance, carry: Carry, steps: int, /) -> Carry: ...

@@ -30,6 +30,7 @@ class Last:
     """
 
     weighted = False
+    settles = True
 
     def start(self, state: State, rows: Rows) -> None: ...
     def fold(self, folded: None, state: State, verdict: Verdict | None, alive: Tensor | None) -> None: ...
@@ -52,6 +53,7 @@ class Weighted:
     """
 
     weighted = True
+    settles = True
 
     def start(self, state: State, rows: Rows) -> Memory:
         return tree.map(blank, state), rows.zeros(state)
@@ -81,6 +83,7 @@ class Tensor2Tensor:
     """
 
     weighted = True
+    settles = True
 
     def start(self, state: State, rows: Rows) -> State:
         return tree.map(blank, state)

@@ -7,13 +7,15 @@ solve equations (`loopaware.body.linear`, `loopaware.body.nonlinear`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loopaware import tree
 from loopaware.checks import shown
-from loopaware.protocols import Body, Context, State
+from loopaware.protocols import Body, Context, State, partial
+from loopaware.tokens import Tokens
 
 __all__ = ["Called", "Injected", "Stack", "Surrogate", "Timed"]
 
@@ -44,10 +46,34 @@ class Injected(nn.Module):
         self.fusion = fusion
 
     def forward(self, state: State, context: Context, index: int) -> State:
+        return self.block(self.fused(state, context), context, index)
+
+    def fused(self, state: State, context: Context) -> State:
+        """What the block is given."""
         x = tree.content(context)
         if getattr(self.fusion, "masked", False) and isinstance(context, Mapping):
-            return self.block(self.fusion(state, x, context.get("mask")), context, index)
-        return self.block(self.fusion(state, x), context, index)
+            return self.fusion(state, x, context.get("mask"))
+        return self.fusion(state, x)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the block can run for some tokens; the fusion need not."""
+        return partial(self.block)
+
+    def some(self, state: Tensor, context: Context, index: int, tokens: Tokens, held: Any) -> tuple[Tensor, Any]:
+        """The proposals of some tokens. The fusion is run for those that moved if it declares `local`, else for all."""
+        x, block = tree.content(context), self.block
+        assert partial(block)
+        if not (getattr(self.fusion, "local", False) and isinstance(state, Tensor) and state.shape == x.shape):
+            fused = self.fused(state, context)
+            return block.some(fused, context, index, tokens.afresh, None)[0], None
+        before, inner = held or (None, None)
+        if before is None:
+            fused = self.fusion(state, x)
+        else:
+            fused = tokens.renewed(before, self.fusion(tokens.changed(state), tokens.changed(x)))
+        proposal, inner = block.some(fused, context, index, tokens, inner)
+        return proposal, (fused, inner)
 
 
 class Timed(nn.Module):
@@ -78,6 +104,17 @@ class Timed(nn.Module):
     def forward(self, state: Tensor, context: Context, index: int) -> State:
         return self.block(state + self.signal(index).to(state), context, index)
 
+    @property
+    def partial(self) -> bool:
+        """Whether the block can run for some tokens."""
+        return partial(self.block)
+
+    def some(self, state: Tensor, context: Context, index: int, tokens: Tokens, held: Any) -> tuple[Tensor, Any]:
+        """The proposals of some tokens. The signal moves the keys of all of them, so nothing can be held."""
+        assert partial(self.block)
+        state = state + self.signal(index).to(state)
+        return self.block.some(state, context, index, tokens.afresh, None)[0], None
+
 
 class Stack(nn.Module):
     """Several bodies, one after the other, as one step: proposal = b_n(...b_2(b_1(h))).
@@ -107,6 +144,21 @@ class Stack(nn.Module):
         for body in self.bodies:
             state = body(state, context, index)
         return state
+
+    @property
+    def partial(self) -> bool:
+        """Whether the last body can run for some tokens; those before it are run for all, which it looks at."""
+        return partial(self.bodies[-1])
+
+    def some(self, state: State, context: Context, index: int, tokens: Tokens, held: Any) -> tuple[Tensor, Any]:
+        """The proposals of some tokens. What earlier bodies make of stopped tokens moves, so nothing can be held."""
+        *before, last = self.bodies
+        assert partial(last)
+        if not before:
+            return last.some(state, context, index, tokens, held)
+        for body in before:
+            state = body(state, context, index)
+        return last.some(state, context, index, tokens.afresh, None)[0], None
 
 
 class Called(nn.Module):

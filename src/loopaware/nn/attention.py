@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from loopaware.tokens import Tokens
+
 __all__ = ["Attention", "AttentionPositions", "Relative", "Rotary", "adjacency", "causal", "padding"]
 
 
@@ -236,13 +238,40 @@ class Attention(nn.Module):
         if allowed is None:
             mixed = scaled_dot_product_attention(query, key, value, bias, dropped, is_causal=simple)
             return self.out(mixed.transpose(1, 2).flatten(2))
-        # Softmax over no key is 0/0 in some kernels: such a query looks at every key, and what it finds is dropped.
-        seen = allowed.any(-1, keepdim=True)
-        allowed = allowed | ~seen
-        if bias is not None:
-            allowed = torch.where(allowed, bias, -math.inf)
-        mixed = scaled_dot_product_attention(query, key, value, allowed, dropped).masked_fill(~seen, 0.0)
-        return self.out(mixed.transpose(1, 2).flatten(2)).masked_fill(~seen.any(1), 0.0)
+        mixed, seen = masked_attention(query, key, value, allowed, bias, dropped)
+        return self.out(mixed.transpose(1, 2).flatten(2)).masked_fill(~seen, 0.0)
+
+    def some(
+        self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, held: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Self-attention of some tokens, which look at all: `forward` without the queries of the others.
+
+        `held` are keys and values of all tokens, of an earlier call; those in `tokens.moved` are made anew.
+
+        Shapes: x (1, m, D), what has moved; mask as in `forward` -> (1, n, D); held (B, T, D) each.
+        """
+        query, key, value = tokens.rows(self.query(tokens.picked(x))), self.key(x), self.value(x)
+        query, bias = self.split(query), None
+        batch, keys = tokens.mask.shape
+        if self.positions is not None:
+            every = torch.arange(keys, device=x.device).expand(batch, -1)
+            query = self.positions.turn(query, tokens.positions)
+            key = self.positions.turn(self.split(key), tokens.positions_moved).transpose(1, 2).flatten(2)
+            bias = self.positions.bias(tokens.positions, every)
+        kept = held or (None, None)
+        held = tokens.renewed(kept[0], key, own=True), tokens.renewed(kept[1], value, own=True)
+        key, value = self.split(held[0]), self.split(held[1])
+        dropped = self.dropout if self.training else 0.0
+        allowed = None if mask is None else tokens.queries(four_axes(mask, (batch, self.heads, keys, keys)))
+        if self.causal:
+            order = torch.arange(keys, device=x.device) <= tokens.positions[:, None, :, None]
+            allowed = order if allowed is None else allowed & order
+        if allowed is None:
+            mixed = scaled_dot_product_attention(query, key, value, bias, dropped)
+            return self.out(tokens.flat(mixed.transpose(1, 2).flatten(2))), held
+        mixed, seen = masked_attention(query, key, value, allowed, bias, dropped)
+        seen = tokens.flat(seen.expand(batch, query.shape[2], 1))
+        return self.out(tokens.flat(mixed.transpose(1, 2).flatten(2))).masked_fill(~seen, 0.0), held
 
     def split(self, x: Tensor) -> Tensor:
         """One axis for the heads. Shapes: (B, T, D) -> (B, H, T, D/H)."""
@@ -265,6 +294,18 @@ class Attention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, heads={self.heads}, causal={self.causal}, dropout={self.dropout}"
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor | None, dropped: float
+) -> tuple[Tensor, Tensor]:
+    """Attention under a mask, and which queries see a key. Shapes: -> (B, H, Tq, D/H), (B or 1, Tq or 1, 1)."""
+    # Softmax over no key is 0/0 in some kernels: such a query looks at every key, and what it finds is dropped.
+    seen = allowed.any(-1, keepdim=True)
+    allowed = allowed | ~seen
+    if bias is not None:
+        allowed = torch.where(allowed, bias, -math.inf)
+    return scaled_dot_product_attention(query, key, value, allowed, dropped).masked_fill(~seen, 0.0), seen.any(1)
 
 
 def four_axes(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loopaware.nn.attention import Attention, AttentionPositions
+from loopaware.nn.attention import Attention, AttentionPositions, four_axes
 from loopaware.nn.feedforward import FeedForward
-from loopaware.nn.norms import LayerNorm, Placement, Pre, Residual
+from loopaware.nn.norms import LayerNorm, Placement, Pre, Residual, local
+from loopaware.tokens import Tokens
 
 __all__ = ["Block"]
 
@@ -88,6 +89,37 @@ class Block(nn.Module):
             cross, memory = self.cross, present(seen.memory)
             x = self.around_cross(x, lambda h: cross(h, memory, seen.memory_mask))
         return self.around_feedforward(x, self.feedforward)
+
+    @property
+    def partial(self) -> bool:
+        """Whether `some` is exact: nothing but attention lets tokens see each other."""
+        parts = (self.around_attention, self.around_feedforward, self.feedforward)
+        return all(map(local, parts)) and (self.around_cross is None or local(self.around_cross))
+
+    def some(
+        self, x: Tensor, context: Any, index: int | Tensor | None, tokens: Tokens, held: Any = None
+    ) -> tuple[Tensor, Any]:
+        """`forward` of some tokens: queries and feed-forward for them alone, keys and values of all.
+
+        Shapes: x (B, T, D) -> (1, n, D), and what to hold: keys and values (B, T, D) each.
+        """
+        seen, kept, around = read(context), [held], self.around_attention
+
+        def attend(h: Tensor) -> Tensor:
+            mixed, kept[0] = self.attention.some(h, tokens, seen.mask, held)
+            # Dropped out of what is run and no more, so that the draws do not depend on what was held.
+            return tokens.filled(around.dropout(mixed))
+
+        # What has moved goes through the norms, for its keys; of the result only what is run is looked at.
+        x = tokens.picked(around.placement(tokens.changed(x), attend, list(around.norms)))
+        if self.cross is not None and self.around_cross is not None:
+            cross, memory, mask = self.cross, present(seen.memory), seen.memory_mask
+            if mask is not None and mask.ndim > 2:
+                mask = tokens.queries(
+                    four_axes(mask, (len(memory), cross.heads, tokens.mask.shape[1], memory.shape[1]))
+                )
+            x = self.around_cross(x, lambda h: tokens.flat(cross(tokens.rows(h), memory, mask)))
+        return self.around_feedforward(x, self.feedforward), kept[0]
 
 
 class Seen(NamedTuple):

@@ -36,6 +36,8 @@ class FeedForward(nn.Module):
     12
     """
 
+    local = True
+
     def __init__(
         self,
         dim: int,
@@ -75,6 +77,8 @@ class SwiGLU(nn.Module):
     >>> SwiGLU(64).narrow.in_features
     176
     """
+
+    local = True
 
     def __init__(self, dim: int, hidden: int | None = None, dropout: float = 0.0):
         super().__init__()

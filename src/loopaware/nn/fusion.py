@@ -31,6 +31,8 @@ class Add(nn.Module):
     tensor([2., 2.])
     """
 
+    local = True
+
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         paired(state, x)
         return state + x
@@ -54,6 +56,8 @@ class Concat(nn.Module):
     >>> Concat(2)(torch.ones(5, 2), torch.ones(5, 2)).shape
     torch.Size([5, 2])
     """
+
+    local = True
 
     def __init__(self, dim: int):
         super().__init__()
@@ -82,6 +86,8 @@ class Gated(nn.Module):
     >>> Gated(2)(torch.ones(2), torch.ones(2)).tolist()
     [1.0, 1.0]
     """
+
+    local = True
 
     def __init__(self, dim: int):
         super().__init__()
@@ -145,6 +151,8 @@ class Diagonal(nn.Module):
     >>> Diagonal(2)(torch.ones(2), torch.zeros(2))
     tensor([0.5000, 0.5000], grad_fn=<AddBackward0>)
     """
+
+    local = True
 
     def __init__(self, dim: int):
         super().__init__()

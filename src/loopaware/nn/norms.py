@@ -43,6 +43,7 @@ class Pre:
     """
 
     norms: ClassVar[int] = 1
+    local: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, sublayer: Sublayer, norms: Sequence[Norm], /) -> Tensor:
         return x + sublayer(norms[0](x))
@@ -62,6 +63,7 @@ class Post:
     """
 
     norms: ClassVar[int] = 1
+    local: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, sublayer: Sublayer, norms: Sequence[Norm], /) -> Tensor:
         return norms[0](x + sublayer(x))
@@ -81,6 +83,7 @@ class Sandwich:
     """
 
     norms: ClassVar[int] = 2
+    local: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, sublayer: Sublayer, norms: Sequence[Norm], /) -> Tensor:
         return x + norms[1](sublayer(norms[0](x)))
@@ -115,5 +118,22 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.placement(x, lambda h: self.dropout(sublayer(h)), list(self.norms))
 
+    @property
+    def local(self) -> bool:
+        """Whether nothing here but the sub-layer lets tokens see each other."""
+        return local(self.placement) and all(map(local, self.norms))
+
     def extra_repr(self) -> str:
         return f"placement={self.placement}"
+
+
+BY_FEATURE = (nn.Linear, nn.Identity, nn.Dropout, nn.GELU, nn.ReLU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Softplus)
+
+
+def local(part: object) -> bool:
+    """Whether a part treats each token by itself: it says so, or is one of torch's that do."""
+    if isinstance(part, nn.Sequential):
+        return all(map(local, part))
+    if isinstance(part, LayerNorm | RMSNorm):
+        return len(part.normalized_shape) == 1
+    return getattr(part, "local", False) is True or type(part) in BY_FEATURE

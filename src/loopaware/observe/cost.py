@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from loopaware import execute, tree
 from loopaware.loop import Loop
 from loopaware.observe.record import shadow
+from loopaware.protocols import Ran
 
 
 class Cost(NamedTuple):
@@ -46,6 +47,14 @@ class Cost(NamedTuple):
     def executed(self, steps: Tensor) -> float:
         """Operations of a run in which rows take `steps` steps and cost nothing after. Shapes: steps (*rows)."""
         return self.step / self.rows * float(steps.sum())
+
+    def spent(self, *runs: Ran) -> float:
+        """Operations of runs as `execute.Compacted` reports them, stopped rows that were carried along included.
+
+        Keys and values of rows that have just stopped are not: they are made once more.
+        """
+        alone = sum(self.body * sum(ran.body) + (self.update + self.halt) * sum(ran.rest) for ran in runs)
+        return alone / self.rows
 
     def share(self, steps: Tensor) -> float:
         """Executed against dense, between 0 and 1."""

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from loopaware import tree
+from loopaware import execute, tree
 from loopaware.halt.measure import change, distance
 from loopaware.loop import Loop
-from loopaware.protocols import Carry, Memory, Readout, Rows, State, Verdict
+from loopaware.protocols import Carry, Execute, Memory, Readout, Rows, State, Verdict
 
 
 class Trajectory(NamedTuple):
@@ -91,6 +91,9 @@ class Tape(dict[str, list[Trajectory]]):
 def record(model: nn.Module, states: bool = False) -> Iterator[Tape]:
     """Record every loop in `model` while the block runs.
 
+    A loop around other loops that lets rows leave its batch (`execute.Compacted`) keeps them while it is recorded, so
+    that every call of the inner loops has all rows.
+
     Args:
         model: a loop, or a module with loops anywhere inside.
         states: keep the state of every step too.
@@ -111,8 +114,14 @@ def record(model: nn.Module, states: bool = False) -> Iterator[Tape]:
     tape = Tape({name: [] for name in loops})
     with ExitStack() as stack:
         for name, loop in loops.items():
+            if len([None for module in loop.modules() if isinstance(module, Loop)]) > 1 and gathers(loop.execute):
+                stack.enter_context(shadow(loop, "execute", execute.Eager(loop.execute.check)))
             stack.enter_context(shadow(loop, "readout", Recorded(loop.readout, tape[name], states)))
         yield tape
+
+
+def gathers(part: Execute) -> TypeGuard[execute.Compacted]:
+    return getattr(part, "gathers", False)
 
 
 @contextmanager

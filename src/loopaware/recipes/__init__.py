@@ -90,4 +90,9 @@ BENCHMARKS = {
         "The error of states that are kept in few bits between steps, by bits and steps, against float32.",
         "20 seconds",
     ),
+    "execution": Recipe(
+        "loopaware.recipes.execution:run",
+        "Leaving out tokens that have stopped, against masking them and a fixed depth: time next to operations.",
+        "4 minutes",
+    ),
 }

@@ -23,7 +23,7 @@ from loopaware import body, files, halt, observe, train
 from loopaware.checks import bounded
 from loopaware.models import UniversalDecoder, UniversalEncoder, UniversalTransformer
 from loopaware.models.universal import Coordinates, Step, tied_block
-from loopaware.nn import LayerNorm, Post, Pre, Sinusoidal
+from loopaware.nn import Block, Pre, Sinusoidal
 from loopaware.observe import Report, Tape
 from loopaware.observe.figures import figure
 from loopaware.recipes.shared import adam, curve, show, spread
@@ -127,13 +127,16 @@ def run(
 def made(plan: Plan, name: str) -> UniversalTransformer:
     """The net of one kind; a plain transformer is one step of a stack of blocks that share nothing.
 
-    The plain one norms before its sub-layers: with the norms behind them it learned nothing in this budget.
+    The plain one has its norms before the sub-layers and none at the end: in this budget it learned nothing with the
+    shared blocks' norms behind them, and little with a last norm.
     """
     plain = name == PLAIN
 
     def block(decoder: bool) -> nn.Module:
         def one() -> nn.Module:
-            return tied_block(plan.dim, plan.heads, decoder=decoder, placement=Pre() if plain else Post())
+            if plain:
+                return Block(plan.dim, plan.heads, placement=Pre(), causal=decoder, cross=decoder)
+            return tied_block(plan.dim, plan.heads, decoder=decoder)
 
         return body.Stack(*(one() for _ in range(plan.loops))) if plain else one()
 
@@ -142,7 +145,6 @@ def made(plan: Plan, name: str) -> UniversalTransformer:
         return {
             "signal": Coordinates(Sinusoidal(plan.dim), times, shift=0 if name == STILL else plan.shift),
             "halt": halt.ACT(halt.Linear(plan.dim, bias=-3.0)) if name == ACT else None,
-            "norm": LayerNorm(plan.dim) if plain else None,
         }
 
     most = {PLAIN: 1, ACT: 2 * plan.loops}.get(name, plan.loops)

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from loopaware import execute, grad, tree
 from loopaware.loop import Loop
-from loopaware.protocols import Body, Execute, Grad, Halt, Init, Readout, Rows, State, Update, Verdict
+from loopaware.protocols import Body, Execute, Grad, Halt, Init, Readout, Rows, State, Update, Verdict, partial
 from loopaware.testing.naive import naive
 from loopaware.testing.tolerance import assert_close, batch_size, rows_of
+from loopaware.tokens import Tokens
 
 
 def check_module(part: Any) -> None:
@@ -70,7 +71,7 @@ def check_init(part: Init, context: Any) -> None:
 
 
 def check_body(body: Body, state: State, context: Any, index: int = 1) -> None:
-    """A body proposes rows for rows, each from its own sequence, and is alive."""
+    """A body proposes rows for rows, each from its own sequence, is alive, and can be run in part if it says so."""
     if isinstance(body, nn.Module):
         check_module(body)
     proposal = body(state, context, index)
@@ -79,6 +80,21 @@ def check_body(body: Body, state: State, context: Any, index: int = 1) -> None:
     for item in range(batch_size(state)):
         alone = body(rows_of(state, item, item + 1), rows_of(context, item, item + 1), index)
         assert_close(alone, rows_of(proposal, item, item + 1), "batch N equals batch 1")
+    if partial(body):
+        check_partial(body, state, context, index)
+
+
+def check_partial(body: Any, state: Tensor, context: Any, index: int) -> None:
+    """What a body proposes for some tokens is what it proposes for them among all, over steps in which they move."""
+    generator = torch.Generator().manual_seed(7)
+    run, moved, held = torch.rand(state.shape[:2], generator=generator) < 0.8, None, None
+    for step in range(index, index + 4):
+        run[0, 0] = True  # never nobody
+        tokens = Tokens(run, moved)
+        new, held = body.some(state, context, step, tokens, held)
+        assert_close(new[0], body(state, context, step)[run], "what is proposed for some is what is proposed among all")
+        state, moved = tokens.put(state, new), None if held is None else run
+        run = run & (torch.rand(run.shape, generator=generator) < 0.6)
 
 
 def check_update(part: Update, state: State, proposal: State) -> None:

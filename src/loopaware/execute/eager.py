@@ -1,17 +1,19 @@
-"""How the steps of a loop are run: all of them, or until no row is left.
+"""Steps on the whole batch: all of them, or until no row is left.
 
-In: `advance`, which makes one step, a carry, and a number of steps. Out: the carry after them.
-Deliberately elsewhere: what a step is (`loopaware.loop`), which steps are differentiated (`loopaware.grad`).
+In: `advance`, a carry, a number of steps. Out: the carry after them. Deliberately elsewhere: steps without the rows
+that have stopped (`loopaware.execute.compacted`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from loopaware import tree
-from loopaware.protocols import Advance, Carry
+from loopaware.protocols import Advance, Carry, State
 
 __all__ = ["Eager", "Unrolled"]
 
@@ -67,10 +69,26 @@ class Eager:
         alive = carry.alive.any()
         if not self.check:
             return bool(alive)
-        alive, finite = torch.stack([alive, tree.finite(real(carry))]).tolist()
-        if not finite:
+        total = summed(carry.state)
+        alive, total = torch.stack([alive.to(total), total]).tolist()
+        if not math.isfinite(total) and not tree.finite(real(carry)):
             raise FloatingPointError(describe(carry))
-        return alive
+        return bool(alive)
+
+
+def summed(state: State) -> Tensor:
+    """The sum of all numbers of a state: finite only if each of them is, and had in a fraction of the time of looking.
+
+    The reverse is not so: a sum may overflow, and padding counts. Shapes: -> ().
+    """
+    sums = [leaf.detach().sum(dtype=wide(leaf.dtype)) for leaf in tree.leaves(state) if leaf.is_floating_point()]
+    if not sums:
+        return tree.leaves(state)[0].new_zeros((), dtype=torch.float32)
+    return sum(sums[1:], sums[0])
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def real(carry: Carry) -> object:

@@ -1,0 +1,235 @@
+"""`loopaware bench execution`: leaving out rows that have stopped, against masking them and against a fixed depth.
+
+In: options. Out: a folder with `report.html`, `results.json` and a figure: the time of each way to run a loop as a
+ratio of medians to that of a loop of fixed depth in the same run, next to the share of operations that were executed.
+Tokens halt by themselves, at steps that are written down before, so that every run does the same work. Nothing is
+reported if values or gradients are not those of the masked run. Deliberately elsewhere: learned halting, and whether
+stopping early is right (`loopaware.recipes.halting_rules`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loopaware import Loop, execute, files, halt
+from loopaware.checks import bounded
+from loopaware.nn import Block, Post
+from loopaware.observe import Report
+from loopaware.observe.cost import counted
+from loopaware.observe.figures import figure
+from loopaware.protocols import Rows, State, Verdict
+from loopaware.recipes.shared import show
+from loopaware.train.progress import Progress, within
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EQUAL = 1e-3
+"""The relative error of values and gradients above which nothing is reported (float32)."""
+
+DENSE, MASKED, COMPACTED = "fixed depth", "masked", "compacted"
+FORWARD, TRAINING = "forward", "forward and backward"
+
+
+class Line(NamedTuple):
+    """One shape, forward or with its backward pass: seconds of each way, shares of a fixed depth, how equal it is."""
+
+    dim: int
+    batch: int
+    passes: str
+    seconds: dict[str, float]
+    operations: float
+    steps: float
+    error: float
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds[COMPACTED] / self.seconds[DENSE]
+
+    @property
+    def over(self) -> float:
+        """The time that was left over the operations that were left; 1 is all one can ask for."""
+        return self.ratio / self.operations
+
+
+@dataclass(frozen=True)
+class Written:
+    """Stop each row at a step that was written down before: stop = t >= ends. Shapes: ends (*rows) long."""
+
+    learned = False
+    stops = True
+    mixes = False
+    ends: Tensor
+
+    def start(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
+        return self.ends, rows.zeros(state)
+
+    def __call__(
+        self, old: State, new: State, memory: tuple[Tensor, Tensor], index: int
+    ) -> tuple[Verdict, tuple[Tensor, Tensor]]:
+        stop = memory[0] <= index + 1
+        return Verdict(stop, stop.to(memory[1].dtype), memory[1]), memory
+
+
+def run(
+    folder: Path = Path("runs/bench-execution"),
+    *,
+    dims: tuple[int, ...] = (512, 256, 64),
+    batches: tuple[int, ...] = (16, 16, 1),
+    heads: int = 8,
+    tokens: int = 128,
+    steps: int = 12,
+    mean: float = 3.0,
+    repeats: int = 7,
+    threads: int = 1,
+) -> None:
+    """Time loops of fixed depth, with masked and with left-out tokens, by width and batch; a table and a figure.
+
+    Args:
+        folder: where results.json, report.html and the figure go.
+        dims: features of a token's state, for each shape.
+        batches: sequences at once, for each shape.
+        heads: attention heads; must divide every dim.
+        tokens: how many tokens a sequence has.
+        steps: the fixed depth, and the bound of the others.
+        mean: steps after which a token stops on average; they follow a geometric law, cut at the bound.
+        repeats: timed runs of each way, in turns; medians count. Small shapes are run ten times as often.
+        threads: processor threads that PyTorch may use.
+    """
+    bounded("repeats", repeats, "Medians need at least one run.")
+    torch.set_num_threads(bounded("threads", threads, "Use at least one thread."))
+    if len(dims) != len(batches) or not dims:
+        raise ValueError(f"batches must be as many as dims, got {batches} and {dims}. Give a batch for each width.")
+    if not 1.0 < mean <= steps:
+        raise ValueError(f"mean must be above 1 and at most steps, got {mean} and {steps}. Tokens stop in between.")
+    lines = []
+    for dim, batch in zip(dims, batches, strict=True):
+        lines += measured(dim, batch, heads, drawn(batch, tokens, steps, mean), steps, repeats)
+    plan = {"heads": heads, "tokens": tokens, "steps": steps, "mean": mean, "repeats": repeats, "threads": threads}
+    plain = {"plan": plan, "lines": [{**line._asdict(), "over": line.over} for line in lines]}
+    files.write(folder / "results.json", json.dumps(plain, indent=1))
+    show(f"time against {steps} steps for every token", *table(lines))
+    print(f"report: {report(lines, plan).write(folder / 'report.html')}")
+
+
+def drawn(batch: int, tokens: int, steps: int, mean: float) -> Tensor:
+    """The step at which each token stops. Shapes: -> (batch, tokens) long."""
+    chance = torch.rand(batch, tokens, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (chance.log() / math.log(1 - 1 / mean)).floor().clamp(max=steps - 1).long() + 1
+
+
+def measured(dim: int, batch: int, heads: int, ends: Tensor, steps: int, repeats: int) -> list[Line]:
+    """Both passes of one shape; timed in turns, so that a noisy moment meets every way."""
+    torch.manual_seed(0)
+    x = torch.randn(batch, ends.shape[1], dim)
+    dense = Loop(Block(dim, heads, placement=Post()), steps, rows=2, halt=halt.Never())
+    masked = dense.replace(halt=Written(ends))
+    loops = {DENSE: dense, MASKED: masked, COMPACTED: masked.replace(execute=execute.Compacted())}
+    error = apart(passed(loops[COMPACTED], x), passed(masked, x))
+    if error > EQUAL:
+        raise ValueError(
+            f"values and gradients must be within {EQUAL} of the masked run, got {error:.1e} at dim {dim}. "
+            "Nothing is reported: mend execute.Compacted, or the body's `some`."
+        )
+    with torch.no_grad():
+        operations = [counted(loops[name], x)[0] for name in (COMPACTED, DENSE)]
+    lines = []
+    for passes, function in {FORWARD: forward, TRAINING: passed}.items():
+        times: dict[str, list[float]] = {name: [] for name in loops}
+        often = repeats * (10 if batch * dim < 1024 else 1)
+        turns = [name for _ in range(often) for name in loops]
+        for name in within(Progress(len(turns), done=0, wanted=True), turns):
+            begun = time.perf_counter()
+            function(loops[name], x)
+            times[name].append(time.perf_counter() - begun)
+        seconds = {name: statistics.median(each) for name, each in times.items()}
+        taken = float(ends.sum()) / (ends.numel() * steps)
+        lines.append(Line(dim, batch, passes, seconds, operations[0] / operations[1], taken, error))
+    return lines
+
+
+def forward(loop: Loop, x: Tensor) -> None:
+    with torch.no_grad():
+        loop(x)
+
+
+def passed(loop: Loop, x: Tensor) -> list[Tensor]:
+    """Forward and backward: the value, and the gradients of all weights."""
+    value = loop(x).value
+    direction = torch.linspace(-1, 1, value.numel()).view_as(value)
+    return [value.detach(), *torch.autograd.grad((value * direction).mean(), list(loop.parameters()))]
+
+
+def apart(own: list[Tensor], expected: list[Tensor]) -> float:
+    """The relative error of values, or of all gradients in one row; the larger one."""
+    rows = [[each[0].flatten(), torch.cat([leaf.flatten() for leaf in each[1:]])] for each in (own, expected)]
+    return max(float((one - other).norm() / other.norm()) for one, other in zip(*rows, strict=True))
+
+
+def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
+    """Columns, and a line for each shape and pass."""
+    columns = ["d", "batch", "passes", "fixed depth, ms", "masked", "compacted", "operations", "time over operations"]
+    rows = [
+        [
+            str(line.dim),
+            str(line.batch),
+            line.passes,
+            f"{line.seconds[DENSE] * 1e3:.1f}",
+            f"{line.seconds[MASKED] / line.seconds[DENSE]:.3f}",
+            f"{line.ratio:.3f}",
+            f"{line.operations:.3f}",
+            f"{line.over:.2f}",
+        ]
+        for line in lines
+    ]
+    return columns, rows
+
+
+def report(lines: list[Line], plan: dict[str, Any]) -> Report:
+    page = Report("Leaving out tokens that have stopped", seeds=(0,))
+    page.text(
+        f"One transformer block, {plan['tokens']} tokens to a sequence, in float32. Every token stops by itself, after "
+        f"{plan['mean']:g} of {plan['steps']} steps on average, at steps written down before. Fixed depth runs all "
+        "steps for all tokens; masked keeps stopped tokens as they are and computes for them all the same; compacted "
+        "is execute.Compacted as it comes, which leaves a step as it is where leaving tokens out would not pay."
+    )
+    page.table(*table(lines), caption=CAPTION.format(**plan))
+    page.figure(bars(lines), alt="Time of masked and compacted runs over a fixed depth, next to operations.")
+    page.text(
+        "Values and gradients of the compacted run are those of the masked run, or nothing is reported. Masking saves "
+        "nothing: it is what most released code for adaptive depth does."
+    )
+    return page
+
+
+CAPTION = """Masked, compacted: medians of {repeats} runs or more in turns over that of a fixed depth, {threads} \
+thread(s). Operations: those that the compacted forward pass executed over those of a fixed depth, counted by PyTorch; \
+keys and values of stopped tokens and empty places in attention are included. A ratio below the operations is possible \
+only where less memory is moved too."""
+
+
+def bars(lines: list[Line]) -> Figure:
+    made = figure(9, 4, columns=2)
+    for axes, passes in zip(made.axes, (FORWARD, TRAINING), strict=True):
+        chosen = [line for line in lines if line.passes == passes]
+        series = {
+            "time, masked": [line.seconds[MASKED] / line.seconds[DENSE] for line in chosen],
+            "time, compacted": [line.ratio for line in chosen],
+            "operations, compacted": [line.operations for line in chosen],
+        }
+        for offset, (name, heights) in enumerate(series.items()):
+            axes.bar([place + 0.27 * (offset - 1) for place in range(len(chosen))], heights, 0.25, label=name)
+        axes.axhline(1.0, color="black", lw=0.8, marker="")
+        axes.set_xticks(range(len(chosen)), [f"d {line.dim}\nbatch {line.batch}" for line in chosen])
+        axes.set(title=passes, ylabel="share of a fixed depth")
+        axes.legend(fontsize="x-small")
+    return made
