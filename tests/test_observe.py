@@ -130,3 +130,24 @@ class Once(torch.nn.Module):
 
     def forward(self, state: torch.Tensor) -> torch.Tensor:
         return self.loop(state).value
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_attention_keys_and_traffic_have_their_closed_forms(rows):
+    dim, heads, tokens = 12, 3, 5
+    loop = Loop(nn.Block(dim, heads), 7, rows=rows)
+    counts = observe.cost(loop, torch.zeros(3, tokens, dim))
+    assert counts.attention == 2 * 2 * 3 * tokens * tokens * dim
+    assert counts.attention_share == counts.attention / counts.body
+    assert counts.key_value_bytes == 2 * 2 * 3 * tokens * dim * 4 and counts.state_bytes == 2 * 3 * tokens * dim * 4
+    steps = torch.tensor([7, 2, 1]) if rows == 1 else torch.tensor([7, 2, 1])[:, None].expand(3, tokens)
+    assert counts.by_row(steps).sum().item() == pytest.approx(counts.executed(steps))
+    assert counts.by_step(steps).tolist() == pytest.approx([counts.step * n / 3 for n in (3, 2, 1, 1, 1, 1, 1)])
+    assert counts.traffic(steps) == pytest.approx((counts.state_bytes + counts.key_value_bytes) * 10 / 3)
+    energy = observe.Energy(per_operation=2e-12, per_byte=1e-10)
+    assert energy.joules(counts, steps) == pytest.approx(2e-12 * counts.executed(steps) + 1e-10 * counts.traffic(steps))
+
+
+def test_a_body_without_attention_has_none():
+    counts = observe.cost(Loop(body.Called(torch.nn.Linear(4, 4)), 3), torch.zeros(2, 4))
+    assert counts.attention == counts.key_value_bytes == 0 and counts.attention_share == 0.0

@@ -1,6 +1,6 @@
 """Seeing what loops do: recordings of their trajectories, their cost from shapes, their stability, and reports."""
 
-from loopaware.observe.cost import Cost, cost
+from loopaware.observe.cost import Cost, Energy, cost
 from loopaware.observe.memory import Peak, peak
 from loopaware.observe.record import Tape, Trajectory, record
 from loopaware.observe.report import Report
@@ -8,6 +8,7 @@ from loopaware.observe.stability import Health, contraction, gradients, spectral
 
 __all__ = [
     "Cost",
+    "Energy",
     "Health",
     "Peak",
     "Report",

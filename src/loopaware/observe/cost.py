@@ -1,8 +1,8 @@
 """What a loop costs: floating-point operations and bytes of state, from shapes, executed against dense.
 
-In: a loop and a context. Out: a `Cost`, which turns steps per row into operations. A multiplication and an addition
-count as two operations; matrix products, convolutions and attention count, elementwise work does not. Deliberately
-elsewhere: time, which is measured in `benchmarks/`.
+In: a loop and a context. Out: a `Cost`, which turns steps per row into operations and bytes. A multiplication and an
+addition count as two operations; matrix products, convolutions and attention count, elementwise work does not.
+Deliberately elsewhere: time, which is measured (`loopaware bench`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from loopaware import execute, tree
@@ -23,8 +24,9 @@ from loopaware.protocols import Ran
 class Cost(NamedTuple):
     """The cost of one step of a batch, and of whole runs.
 
-    Units: `body`, `update`, `halt` are operations of one step of all rows; `state_bytes` is what one step reads and
-    writes of the state, 2 * numbers * bytes each.
+    Units: `body`, `update`, `halt` are operations of one step of all rows, `attention` those of the body that are
+    queries against keys and weights against values; `state_bytes` is what one step reads and writes of the state,
+    2 * numbers * bytes each; `key_value_bytes` is what it writes and reads of keys and values, likewise.
     """
 
     body: int
@@ -33,6 +35,8 @@ class Cost(NamedTuple):
     state_bytes: int
     rows: int
     max_steps: int
+    attention: int = 0
+    key_value_bytes: int = 0
 
     @property
     def step(self) -> int:
@@ -59,6 +63,46 @@ class Cost(NamedTuple):
     def share(self, steps: Tensor) -> float:
         """Executed against dense, between 0 and 1."""
         return float(steps.sum()) / (self.rows * self.max_steps)
+
+    @property
+    def attention_share(self) -> float:
+        """The part of the body's operations that grows with the square of the length."""
+        return self.attention / max(self.body, 1)
+
+    def by_row(self, steps: Tensor) -> Tensor:
+        """Operations of each row that stops after its steps. Shapes: steps (*rows) -> the same, float64."""
+        return steps.double() * (self.step / self.rows)
+
+    def by_step(self, steps: Tensor) -> Tensor:
+        """Operations of each step, of the rows that take it. Shapes: steps (*rows) -> (max_steps), float64."""
+        numbers = torch.arange(1, self.max_steps + 1, device=steps.device)
+        return (steps.flatten() >= numbers[:, None]).sum(1).double() * (self.step / self.rows)
+
+    def traffic(self, steps: Tensor) -> float:
+        """Bytes of state, keys and values that are moved if rows move nothing after they have stopped."""
+        return (self.state_bytes + self.key_value_bytes) / self.rows * float(steps.sum())
+
+
+class Energy(NamedTuple):
+    """A model of energy with coefficients that you declare: J = per_operation * operations + per_byte * bytes.
+
+    Its numbers are as good as its coefficients, and no claim about a machine that was not measured. What a byte costs
+    depends on where states, keys and values live, in a cache or in memory.
+
+    Units: joules for one operation, joules for one byte.
+
+    >>> from loopaware import body
+    >>> counts = cost(Loop(body.Called(torch.nn.Linear(4, 4)), max_steps=3), torch.zeros(2, 4))
+    >>> Energy(per_operation=1.0, per_byte=0.5).joules(counts, torch.tensor([3, 1]))
+    192.0
+    """
+
+    per_operation: float
+    per_byte: float
+
+    def joules(self, cost: Cost, steps: Tensor) -> float:
+        """Of a run in which rows cost nothing after they have stopped. Shapes: steps (*rows)."""
+        return self.per_operation * cost.executed(steps) + self.per_byte * cost.traffic(steps)
 
 
 def cost(loop: Loop, context: Any, mask: Tensor | None = None) -> Cost:
@@ -87,11 +131,13 @@ def cost(loop: Loop, context: Any, mask: Tensor | None = None) -> Cost:
                 stack.enter_context(shadow(inner, "execute", execute.Unrolled()))
         fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         carry, context = tree.map(fake.from_tensor, (carry, context))
-        body, proposal = counted(loop.body, carry.state, context, carry.index)
+        with Attended() as attended:
+            body, proposal = counted(loop.body, carry.state, context, carry.index)
         update, (state, _) = counted(loop.update, carry.state, proposal, carry.update)
         halt, _ = counted(loop.halt, carry.state, state, carry.halt, carry.index)
     numbers = sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(carry.state))
-    return Cost(body, update, halt, 2 * numbers, carry.alive.numel(), loop.max_steps)
+    moved = 2 * attended.bytes
+    return Cost(body, update, halt, 2 * numbers, carry.alive.numel(), loop.max_steps, attended.operations, moved)
 
 
 def counted(function: Any, *arguments: Any) -> tuple[int, Any]:
@@ -100,6 +146,21 @@ def counted(function: Any, *arguments: Any) -> tuple[int, Any]:
     with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         result = function(*arguments)
     return counter.get_total_flops(), result
+
+
+class Attended(TorchDispatchMode):
+    """Operations of attention while it is entered, and the bytes of its keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if "scaled_dot_product" in operation.name():
+            query, key, value = arguments[:3]
+            self.operations += _attended(query.shape, key.shape, value.shape)
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in (key, value))
+        return operation(*arguments, **(options or {}))
 
 
 def _attended(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
