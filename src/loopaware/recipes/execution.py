@@ -231,5 +231,5 @@ def bars(lines: list[Line]) -> Figure:
         axes.axhline(1.0, color="black", lw=0.8, marker="")
         axes.set_xticks(range(len(chosen)), [f"d {line.dim}\nbatch {line.batch}" for line in chosen])
         axes.set(title=passes, ylabel="share of a fixed depth")
-        axes.legend(fontsize="x-small")
+    made.legend(*made.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     return made
