@@ -16,3 +16,11 @@ def seed() -> int:
     numpy.random.seed(0)  # noqa: NPY002 - libraries may draw from the global generator
     torch.manual_seed(0)
     return 0
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Recipes set the number of threads; whoever comes next has the old one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

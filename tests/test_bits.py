@@ -14,13 +14,6 @@ from loopaware.tasks import bits
 TINY = {"steps": 12, "seeds": (0, 1), "tests": (4, 9), "count": 7, "batch": 4, "length": 6, "dim": 8}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_prefix_sums_are_those_of_plain_python():
     strings = bits.prefix_sums(31, 63, generator=torch.Generator().manual_seed(0))
     for row, labels in zip(strings.bits.tolist(), strings.labels.tolist(), strict=True):

@@ -11,13 +11,6 @@ from loopaware import Loop, grad, halt, models, testing, train
 from loopaware.recipes import fixed_point, gradients, quantized
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def made(**options) -> models.EquilibriumTransformer:
     torch.manual_seed(0)
     return models.EquilibriumTransformer(8, 2, 300, tolerance=1e-9, **options).double()

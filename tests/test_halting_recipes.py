@@ -11,13 +11,6 @@ from loopaware.recipes import chase, copy_reverse, estimators, halting_rules, pa
 from loopaware.tasks import bits, strings
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_estimators_end_to_end(tmp_path, capsys):
     estimators.run(tmp_path, steps=4, draws=4000, seeds=(0, 1))
     assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out

@@ -14,13 +14,6 @@ from loopaware.tasks import pointers
 TINY = {"steps": 12, "seeds": (0, 1), "tests": (1, 3), "count": 7, "deep": 9, "layers": 2, "batch": 4, "hops": 3}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("hops", "spare"), [(0, 4), (1, 0), (3, 4), (16, 7)])
 def test_labels_are_those_of_a_plain_walk(hops, spare):
     batch = pointers.sample(31, hops, generator=torch.Generator().manual_seed(0), spare=spare)

@@ -13,13 +13,6 @@ from loopaware.recipes.distances_report import DEEP, KL, LEARNED, STACK
 TINY = {"steps": 12, "seeds": (0, 1), "sizes": (5, 9), "nodes": 6, "count": 7, "deep": 11, "layers": 2, "batch": 4}
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def test_distances_end_to_end_and_again(tmp_path, capsys):
     distances.run(tmp_path, **TINY)
     said = capsys.readouterr().out

@@ -490,17 +490,9 @@ def test_textbook_multigrid_is_what_textbooks_say():
     assert poisson.Cycle().operations(1) == plain + 5 + 1 + plain + 1, "a grid of one has nothing to coarsen"
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 TINY = {"steps": 12, "smallest": 5, "largest": 7, "tests": (6, 9), "seeds": (0, 1), "batch": 2, "bound": 60, "count": 3}
 
 
-@pytest.mark.usefixtures("threads")
 def test_poisson_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     poisson.run(tmp_path, **TINY)
     assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
@@ -527,7 +519,6 @@ def test_poisson_refuses_what_cannot_be(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("threads")
 def test_poisson_shows_what_it_promises(tmp_path: Path):
     """With its own settings: three seeds, trained on sides of 8 to 16, never on those of the tests."""
     poisson.run(tmp_path)

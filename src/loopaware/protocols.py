@@ -96,6 +96,11 @@ class Carry(NamedTuple):
     steps: Tensor
     index: int = 0  # pyright: ignore[reportIncompatibleMethodOverride] - the word of the field
 
+    @property
+    def sequences(self) -> Tensor:
+        """In which sequences a row is alive. Shapes: -> (B) bool."""
+        return self.alive.flatten(1).any(1) if self.alive.ndim > 1 else self.alive
+
 
 class Status(IntEnum):
     """Why a row takes no further step: it was padding, its rule spoke, it met the bound, or it is no longer finite."""

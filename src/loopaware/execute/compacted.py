@@ -116,7 +116,7 @@ class Batch:
     def look(self) -> bool:
         """Whether a row is alive; counts sequences and rows. Reads three numbers from the device."""
         alive = self.carry.alive
-        counts = [alive.sum(), alive.flatten(1).any(1).sum() if alive.ndim > 1 else alive.sum()]
+        counts = [alive.sum(), self.carry.sequences.sum()]
         if self.rule.check:
             total = summed(self.carry.state)
             counts = [*(count.to(total) for count in counts), total]
@@ -141,7 +141,7 @@ class Batch:
 
     def leave(self) -> None:
         """Let the sequences go in which nothing is alive."""
-        alive = self.carry.alive.flatten(1).any(1) if self.carry.alive.ndim > 1 else self.carry.alive
+        alive = self.carry.sequences
         stay, go = alive.nonzero().flatten(), (~alive).nonzero().flatten()
         places = torch.arange(len(alive), device=alive.device) if self.places is None else self.places
         self.left.append((places[go], tree.gather(go, self.carry)))
@@ -234,7 +234,7 @@ class Part:
         self.held = self.before = None
         if not batch.settles and batch.work.worth(len(alive) - batch.sequences, tree.leaves(batch.carry.state)):
             if self.few_before is None or len(self.few_before[0]) != batch.sequences:
-                places = (alive.flatten(1).any(1) if alive.ndim > 1 else alive).nonzero().flatten()
+                places = batch.carry.sequences.nonzero().flatten()
                 self.few_before = places, self.advance.among(places, len(alive), batch.rule.shared).context
             return self.few, batch.sequences * each
         return self.advance.body, alive.numel()

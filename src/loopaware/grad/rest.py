@@ -121,9 +121,10 @@ class Implicit:
     def __call__(self, run: Run, carry: Carry, steps: int) -> Carry:
         if steps < 1 or not (torch.is_grad_enabled() or self.forward):
             return run(carry, steps)
-        with torch.no_grad():
-            at = carry if self.forward is None else solved(run, carry, steps - 1, self.forward)
-            rest = tree.detach(run(at, steps if self.forward is None else 1))
+        if self.forward is None:
+            rest = rested(run, carry, steps)
+        else:
+            rest = rested(run, solved(run, carry, steps - 1, self.forward), 1)
         return grafted(rest, self.implied(run, again(rest, carry)), carry) if torch.is_grad_enabled() else rest
 
     def implied(self, run: Run, rest: Carry) -> State:
@@ -137,7 +138,6 @@ class Implicit:
         rows = packed(images)
         if not rows.requires_grad:
             return out.state
-        active = rest.alive.flatten(1).any(1) if rest.alive.ndim > 1 else rest.alive
         backward = self.backward or solve.Anderson()
 
         def adjoint(given: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ class Implicit:
                 found = torch.autograd.grad(rows, places, g, retain_graph=True, materialize_grads=True)
                 return packed(list(found)) + given
 
-            solution = backward(turned, given, active)
+            solution = backward(turned, given, rest.sequences)
             warn(solution)
             return solution.value
 
@@ -196,8 +196,7 @@ def solved(run: Run, carry: Carry, steps: int, solver: solve.Solver) -> Carry:
     def function(rows: Tensor) -> Tensor:
         return packed(picked(differentiable(moving(run(at(rows), 1))), changed))
 
-    active = carry.alive.flatten(1).any(1) if carry.alive.ndim > 1 else carry.alive
-    solution = solver(function, packed(like), active, steps - 1)
+    solution = solver(function, packed(like), carry.sequences, steps - 1)
     taken = tree.expand(solution.steps + 1, carry.steps) * carry.alive
     index = carry.index + 1 + int(solution.steps.max())
     return tree.detach(at(solution.value))._replace(steps=carry.steps + taken, index=index)

@@ -32,13 +32,18 @@ def sizes(old: State, new: State, rows: Rows) -> list[tuple[Tensor, Tensor]]:
 
 def change(old: State, new: State, rows: Rows) -> Tensor:
     """The largest relative change of a row's positions: max |h_t - h_{t-1}| / |h_t|. Shapes: -> (*rows)."""
-    ratios = [rows.largest(moved / size.clamp(min=1e-12)) for moved, size in sizes(old, new, rows)]
-    return torch.stack(ratios).amax(0)
+    return relative(sizes(old, new, rows), rows)
 
 
-def distance(old: State, new: State, rows: Rows) -> Tensor:
-    """The largest change of a row's positions: max |h_t - h_{t-1}|. Shapes: -> (*rows)."""
-    return torch.stack([rows.largest(moved) for moved, _ in sizes(old, new, rows)]).amax(0)
+def changes(old: State, new: State, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The largest relative change of a row's positions, and the largest absolute one. Shapes: -> (*rows) each."""
+    pairs = sizes(old, new, rows)
+    return relative(pairs, rows), torch.stack([rows.largest(moved) for moved, _ in pairs]).amax(0)
+
+
+def relative(pairs: list[tuple[Tensor, Tensor]], rows: Rows) -> Tensor:
+    """The largest of |h_t - h_{t-1}| / |h_t| in each row, from `sizes`."""
+    return torch.stack([rows.largest(moved / size.clamp(min=1e-12)) for moved, size in pairs]).amax(0)
 
 
 def log_probabilities(head: Head, state: State) -> Tensor:

@@ -27,7 +27,7 @@ from loopaware import tree
 from loopaware.checks import bounded
 from loopaware.halt.measure import hard
 from loopaware.loop import Loop
-from loopaware.models.trm import Fixed
+from loopaware.models.trm import Fixed, supervised
 from loopaware.protocols import Body, Carry, Context, Halt, Output, Rows, State, Verdict
 
 __all__ = ["HRM", "QHalt", "q_learning"]
@@ -127,9 +127,7 @@ class HRM(nn.Module):
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, *, carry: Carry | None = None, max_steps: int | None = None
     ) -> Output:
-        loop = self.loop.replace(halt=halts.Watched(self.loop.halt)) if self.training else self.loop
-        context = {"x": self.embedding(tokens), "mask": mask}
-        out = loop(context, mask=mask if carry is None else None, carry=carry, max_steps=max_steps)
+        out = supervised(self.loop, self.embedding(tokens), mask, carry, max_steps)
         return out._replace(value=self.head(out.value.high))
 
 

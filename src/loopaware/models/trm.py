@@ -178,10 +178,14 @@ class TRM(nn.Module):
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, *, carry: Carry | None = None, max_steps: int | None = None
     ) -> Output:
-        loop = self.loop.replace(halt=halts.Watched(self.loop.halt)) if self.training else self.loop
-        context = {"x": self.embedding(tokens), "mask": mask}
-        out = loop(context, mask=mask if carry is None else None, carry=carry, max_steps=max_steps)
+        out = supervised(self.loop, self.embedding(tokens), mask, carry, max_steps)
         return out._replace(value=self.head(out.value.answer))
+
+
+def supervised(loop: Loop, x: Tensor, mask: Tensor | None, carry: Carry | None, max_steps: int | None) -> Output:
+    """Run the loop: in training its rule only watches, in evaluation it stops rows."""
+    loop = loop.replace(halt=halts.Watched(loop.halt)) if loop.training else loop
+    return loop({"x": x, "mask": mask}, mask=mask if carry is None else None, carry=carry, max_steps=max_steps)
 
 
 def answer(state: Thought) -> Tensor:

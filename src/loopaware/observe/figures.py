@@ -61,9 +61,9 @@ def figure(width: float, height: float, columns: int = 1) -> Figure:
     return made
 
 
-def embed(drawn: Figure, name: str, alt: str) -> str:
-    """Markup for a figure whose ids all begin with `name`, read aloud as `alt`."""
-    svg = _svg(drawn, name)
+def embed(drawn: Figure, svg: str, name: str, alt: str) -> str:
+    """Markup for a figure whose ids all begin with `name`, read aloud as `alt`. `svg` is its `standalone`."""
+    svg = _inline(svg, name)
     if len(svg) <= HEAVY:
         label = html.escape(alt)
         return svg.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
@@ -85,9 +85,8 @@ def standalone(drawn: Figure, name: str) -> str:
     return file.getvalue()
 
 
-def _svg(drawn: Figure, name: str) -> str:
+def _inline(svg: str, name: str) -> str:
     """Whatever a page does not need or must not share is cut."""
-    svg = standalone(drawn, name)
     svg = svg[svg.index("<svg ") :].strip()
     svg = re.sub(r"<!--.*?-->|<style[^>]*>.*?</style>|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)

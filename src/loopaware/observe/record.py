@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from loopaware import execute, tree
-from loopaware.halt.measure import change, distance
+from loopaware.halt.measure import changes
 from loopaware.loop import Loop
 from loopaware.protocols import Carry, Execute, Memory, Readout, Rows, State, Verdict
 
@@ -164,7 +164,7 @@ class Recorded:
 
     def fold(self, folded: Notes, state: State, verdict: Verdict, alive: Tensor) -> Notes:
         with torch.no_grad():
-            residual, moved = (measure(folded.state, state, folded.rows) for measure in (change, distance))
+            residual, moved = changes(folded.state, state, folded.rows)
         return Notes(
             self.inner.fold(folded.inner, state, verdict, alive),
             state,

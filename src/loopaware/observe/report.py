@@ -85,9 +85,9 @@ class Report:
 
     def figure(self, figure: Figure, *, alt: str, caption: str = "") -> None:
         """A figure. `alt` says what it shows to whoever cannot see it; `caption` stands below."""
-        self._parts.append(self._drawn(figure, alt, caption))
-        name = f"figure{self._figures}"
-        self._files[name] = drawings.standalone(figure, name)
+        markup, svg = self._drawn(figure, alt, caption)
+        self._parts.append(markup)
+        self._files[f"figure{self._figures}"] = svg
 
     def frames(self, figures: Sequence[Figure], captions: Sequence[str]) -> None:
         """Figures shown one at a time with a slider; one below the other on paper or without scripts.
@@ -99,7 +99,7 @@ class Report:
                 f"frames must be one or more figures with a caption each, got {len(figures)} figures "
                 f"and {len(captions)} captions. Give one caption per figure."
             )
-        shown = "\n".join(self._drawn(*pair, pair[1]) for pair in zip(figures, captions, strict=True))
+        shown = "\n".join(self._drawn(*pair, pair[1])[0] for pair in zip(figures, captions, strict=True))
         self._parts.append(
             '<div class="frames" role="group" aria-label="frames">\n<div class="controls" hidden>'
             '<button type="button">back</button>'
@@ -119,7 +119,8 @@ class Report:
             files.write(written.parent / "figures" / f"{name}.svg", svg)
         return written
 
-    def _drawn(self, figure: Figure, alt: str, caption: str) -> str:
+    def _drawn(self, figure: Figure, alt: str, caption: str) -> tuple[str, str]:
+        """Its markup, and its svg by itself."""
         from matplotlib.figure import Figure as Drawing
 
         if not isinstance(figure, Drawing):
@@ -130,7 +131,9 @@ class Report:
         alt = _said("alt", alt, "Say in a sentence what the figure shows.")
         self._figures += 1
         below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        return f"<figure>{drawings.embed(figure, f'figure{self._figures}', alt)}{below}</figure>"
+        name = f"figure{self._figures}"
+        svg = drawings.standalone(figure, name)
+        return f"<figure>{drawings.embed(figure, svg, name, alt)}{below}</figure>", svg
 
 
 def _said(what: str, text: str, remedy: str) -> str:

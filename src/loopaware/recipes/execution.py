@@ -27,7 +27,7 @@ from loopaware.observe import Report
 from loopaware.observe.cost import counted
 from loopaware.observe.figures import figure
 from loopaware.protocols import Rows, State, Verdict
-from loopaware.recipes.shared import show
+from loopaware.recipes.shared import apart, show
 from loopaware.train.progress import Progress, within
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def measured(dim: int, batch: int, heads: int, ends: Tensor, steps: int, repeats
     dense = Loop(Block(dim, heads, placement=Post()), steps, rows=2, halt=halt.Never())
     masked = dense.replace(halt=Written(ends))
     loops = {DENSE: dense, MASKED: masked, COMPACTED: masked.replace(execute=execute.Compacted())}
-    error = apart(passed(loops[COMPACTED], x), passed(masked, x))
+    error = unequal(passed(loops[COMPACTED], x), passed(masked, x))
     if error > EQUAL:
         raise ValueError(
             f"values and gradients must be within {EQUAL} of the masked run, got {error:.1e} at dim {dim}. "
@@ -169,10 +169,10 @@ def passed(loop: Loop, x: Tensor) -> list[Tensor]:
     return [value.detach(), *torch.autograd.grad((value * direction).mean(), list(loop.parameters()))]
 
 
-def apart(own: list[Tensor], expected: list[Tensor]) -> float:
+def unequal(own: list[Tensor], expected: list[Tensor]) -> float:
     """The relative error of values, or of all gradients in one row; the larger one."""
     rows = [[each[0].flatten(), torch.cat([leaf.flatten() for leaf in each[1:]])] for each in (own, expected)]
-    return max(float((one - other).norm() / other.norm()) for one, other in zip(*rows, strict=True))
+    return max(apart(one, other) for one, other in zip(*rows, strict=True))
 
 
 def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:

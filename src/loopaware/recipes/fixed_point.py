@@ -22,7 +22,7 @@ from loopaware import Loop, files, grad, init, observe, solve
 from loopaware.checks import between, bounded
 from loopaware.protocols import Grad
 from loopaware.recipes.fixed_point_report import LONG, Found, report, table
-from loopaware.recipes.shared import show
+from loopaware.recipes.shared import apart, show
 from loopaware.train.progress import Progress, within
 
 
@@ -177,7 +177,3 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
     begun = time.perf_counter()
     value = function()
     return value, time.perf_counter() - begun
-
-
-def apart(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())

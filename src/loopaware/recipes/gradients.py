@@ -24,7 +24,7 @@ from loopaware.nn import Add, Attention, Block, FeedForward, Post
 from loopaware.observe import Report
 from loopaware.observe.figures import figure
 from loopaware.protocols import Context, Grad, State
-from loopaware.recipes.shared import show, told_apart
+from loopaware.recipes.shared import apart, show, told_apart
 from loopaware.train.progress import Progress, within
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def measured(name: str, loops: dict[str, Loop], x: Tensor, lengths: list[int], r
             name,
             rule,
             value=float((own[0] - value).abs().max()),
-            error=float((own[1] - gradient).norm() / gradient.norm()),
+            error=apart(own[1], gradient),
             cosine=float(torch.cosine_similarity(own[1], gradient, dim=0)),
             bytes=[weighed(lambda loop=loops[rule], n=n: passed(loop, x, n)) for n in lengths],
             seconds=statistics.median(times[rule]),

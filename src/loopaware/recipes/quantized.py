@@ -19,8 +19,8 @@ from loopaware.checks import bounded
 from loopaware.nn import Add, Block, Pre
 from loopaware.observe import Report
 from loopaware.observe.figures import figure
-from loopaware.recipes.gradients import resting
-from loopaware.recipes.shared import curve, show
+from loopaware.recipes.gradients import passed, resting
+from loopaware.recipes.shared import apart, curve, show
 from loopaware.train.progress import Progress, within
 
 if TYPE_CHECKING:
@@ -92,12 +92,12 @@ def growing(dim: int, heads: int, part: grad.Full, seed: int) -> Loop:
 def compared(name: str, loop: Loop, x: Tensor, lengths: list[int], seed: int) -> list[Line]:
     """Every kind against the loop as it is."""
     last = lengths[-1]
-    exact, slope = states(loop, x, lengths), sloped(loop, x, last)
+    exact, (_, slope) = states(loop, x, lengths), passed(loop, x, last)
     lines = []
     for kind, bits in KINDS.items():
         rounded = loop.replace(update=update.Quantized(loop.update, bits))
         errors = [apart(own, one) for own, one in zip(states(rounded, x, lengths), exact, strict=True)]
-        lines.append(Line(name, kind, seed, errors, apart(sloped(rounded, x, last), slope)))
+        lines.append(Line(name, kind, seed, errors, apart(passed(rounded, x, last)[1], slope)))
     return lines
 
 
@@ -109,18 +109,6 @@ def states(loop: Loop, x: Tensor, lengths: list[int]) -> list[Tensor]:
         carry = out.carry
         found.append(out.value)
     return found
-
-
-def sloped(loop: Loop, x: Tensor, steps: int) -> Tensor:
-    """The gradient of a linear form of the state, in all weights."""
-    value = loop(x, max_steps=steps).value
-    direction = torch.linspace(-1, 1, value.numel()).view_as(value)
-    found = torch.autograd.grad((value * direction).mean(), list(loop.parameters()))
-    return torch.cat([gradient.flatten() for gradient in found])
-
-
-def apart(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 def grouped(lines: list[Line]) -> dict[tuple[str, str], list[Line]]:

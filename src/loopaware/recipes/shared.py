@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 if TYPE_CHECKING:
@@ -36,6 +36,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if low == high else f"{mean} ({low}–{high})"
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The relative error of `one`: |one - other| / |other|."""
+    return float((one - other).norm() / other.norm())
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
