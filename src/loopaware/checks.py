@@ -63,6 +63,8 @@ def real_positions(mask: Tensor | None, state: Any, rows: int) -> Tensor | None:
 
 def same_shape(proposal: Any, state: Any) -> Any:
     """The proposal in the state's dtype, if it has the state's structure and shapes."""
+    if isinstance(proposal, Tensor) and isinstance(state, Tensor) and proposal.shape == state.shape:
+        return proposal.to(state.dtype)
     if tree.describe(proposal) != tree.describe(state):
         raise ValueError(
             f"the body's proposal must have the shape of the state {tree.describe(state)}, "

@@ -91,15 +91,16 @@ class Loop(nn.Module):
         proposal = same_shape(body(carry.state, context, carry.index), carry.state)
         state, update = self.update(carry.state, proposal, carry.update)
         verdict, halt = self.halt(carry.state, state, carry.halt, carry.index)
+        halted, steps = carry.halted, carry.steps + alive
         if self.halt.stops or carry.rows.mask is not None:
             kept = (state if keeps(body, self.update) else carry.state, carry.update, carry.halt)
             state, update, halt = tree.where(alive, (state, update, halt), kept)
-        open_rows = alive & ~carry.halted
-        verdict = Verdict(verdict.stop & open_rows, verdict.weight * open_rows, verdict.score)
-        halted = carry.halted | verdict.stop
-        folded = self.readout.fold(carry.readout, state, verdict, alive)
-        steps, index = carry.steps + alive, carry.index + 1
-        return Carry(state, update, halt, folded, carry.rows, alive & ~halted, halted, steps, index)
+            unheard = alive > halted
+            verdict = Verdict(verdict.stop & unheard, verdict.weight * unheard, verdict.score)
+            halted = halted | verdict.stop
+            alive = alive > halted
+        folded = self.readout.fold(carry.readout, state, verdict, carry.alive)
+        return Carry(state, update, halt, folded, carry.rows, alive, halted, steps, carry.index + 1)
 
     def forward(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from loopaware import tree
 from loopaware.checks import same_shape
-from loopaware.execute.eager import Eager, describe, real, summed
+from loopaware.execute.eager import Eager, describe, read, real, summed
 from loopaware.protocols import Advance, Carry, Context, Ran, State, partial
 from loopaware.tokens import Tokens
 
@@ -116,13 +116,11 @@ class Batch:
     def look(self) -> bool:
         """Whether a row is alive; counts sequences and rows. Reads three numbers from the device."""
         alive = self.carry.alive
-        counts = [alive.sum(), self.carry.sequences.sum()]
-        if self.rule.check:
-            total = summed(self.carry.state)
-            counts = [*(count.to(total) for count in counts), total]
-        rows, sequences, *total = torch.stack(counts).tolist()
-        if total and not math.isfinite(total[0]) and not tree.finite(real(self.carry)):
+        total = summed(self.carry.state) if self.rule.check else None
+        rows, sequences, total = read(alive.sum(), self.carry.sequences.sum(), total)
+        if total is not None and not math.isfinite(total) and not tree.finite(real(self.carry)):
             raise FloatingPointError(describe(self.whole()))
+        assert rows is not None and sequences is not None
         self.rows, self.sequences = int(rows), int(sequences)
         return self.rows > 0
 

@@ -57,23 +57,30 @@ class Eager:
     check: bool = True
 
     def __call__(self, advance: Advance, carry: Carry, steps: int) -> Carry:
+        seen: Tensor | None = None
         for _ in range(steps):
-            if not self.look(carry):
+            if not self.look(carry, seen):
                 return carry
-            carry = advance(carry)
-        self.look(carry)
+            seen, carry = carry.alive, advance(carry)
+        self.look(carry, seen)
         return carry
 
-    def look(self, carry: Carry) -> bool:
-        """Whether a row is alive. Reads one pair of numbers from the device."""
-        alive = carry.alive.any()
-        if not self.check:
-            return bool(alive)
-        total = summed(carry.state)
-        alive, total = torch.stack([alive.to(total), total]).tolist()
-        if not math.isfinite(total) and not tree.finite(real(carry)):
+    def look(self, carry: Carry, seen: Tensor | None = None) -> bool:
+        """Whether a row is alive; `seen` was looked at and holds one. Reads one pair of numbers from the device."""
+        alive = None if carry.alive is seen else carry.alive.any()
+        alive, total = read(alive, summed(carry.state) if self.check else None)
+        if total is not None and not math.isfinite(total) and not tree.finite(real(carry)):
             raise FloatingPointError(describe(carry))
-        return bool(alive)
+        return alive is None or bool(alive)
+
+
+def read(*numbers: Tensor | None) -> list[float | None]:
+    """Numbers on the host, None for None: one transfer from a device, and none on the CPU. Shapes: () each."""
+    asked = [number for number in numbers if number is not None]
+    if not asked or asked[0].device.type == "cpu":
+        return [None if number is None else number.item() for number in numbers]
+    found = iter(torch.stack([number.to(asked[-1]) for number in asked]).tolist())
+    return [None if number is None else next(found) for number in numbers]
 
 
 def summed(state: State) -> Tensor:
@@ -81,6 +88,8 @@ def summed(state: State) -> Tensor:
 
     The reverse is not so: a sum may overflow, and padding counts. Shapes: -> ().
     """
+    if isinstance(state, Tensor) and state.dtype in (torch.float32, torch.float64):
+        return state.detach().sum()
     sums = [leaf.detach().sum(dtype=wide(leaf.dtype)) for leaf in tree.leaves(state) if leaf.is_floating_point()]
     if not sums:
         return tree.leaves(state)[0].new_zeros((), dtype=torch.float32)

@@ -36,11 +36,13 @@ class Never:
     stops = False
     mixes = False
 
-    def start(self, state: State, rows: Rows) -> Memory:
-        return rows.zeros(state)
+    def start(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
+        return rows.zeros(state, torch.bool), rows.zeros(state)
 
-    def __call__(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
-        return Verdict(torch.zeros_like(memory, dtype=torch.bool), memory, memory), memory
+    def __call__(
+        self, old: State, new: State, memory: tuple[Tensor, Tensor], index: int
+    ) -> tuple[Verdict, tuple[Tensor, Tensor]]:
+        return Verdict(memory[0], memory[1], memory[1]), memory
 
 
 @dataclass(frozen=True)
