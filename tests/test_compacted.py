@@ -459,14 +459,14 @@ def test_tokens_are_taken_and_put_back():
     run = torch.tensor([[True, False, True], [False, False, True], [False, False, False]])
     moved = torch.tensor([[True, True, True], [False, False, True], [True, False, False]])
     full, some = torch.arange(18.0).view(3, 3, 2), tokens.Tokens(run, moved)
-    new = some.taken(full)
-    assert torch.equal(new[0], full[run]) and torch.equal(some.changed(full)[0], full[moved])
-    assert torch.equal(some.picked(some.changed(full)), new) and torch.equal(some.flat(some.rows(new)), new)
+    new, left = some.taken(full), some.others(full)
+    assert torch.equal(new[0], full[run]) and torch.equal(left[0], full[moved & ~run])
+    assert torch.equal(some.changed(full), torch.cat([new, left], 1)) and torch.equal(some.flat(some.rows(new)), new)
     assert torch.equal(some.put(full * 0, new), full * run[..., None])
-    assert torch.equal(some.filled(new)[0], (full * run[..., None])[moved])
     assert torch.equal(some.renewed(full * 0, some.changed(full)), full * moved[..., None])
-    assert some.positions.tolist() == [[0, 2], [2, 0], [0, 0]] and some.positions_moved.tolist() == [[0, 1, 2, 2, 0]]
-    assert some.afresh.moved is None and some.afresh.afresh is some.afresh
+    assert some.positions.tolist() == [[0, 2], [2, 0], [0, 0]] and some.positions_moved.tolist() == [[0, 2, 2, 1, 0]]
+    assert not some.afresh.held and some.afresh.afresh is some.afresh
+    assert torch.equal(some.afresh.renewed(None, some.afresh.changed(full)), full)
 
 
 def test_who_can_be_run_in_part():

@@ -35,21 +35,20 @@ class Tokens:
 
     def __init__(self, run: Tensor, moved: Tensor | None = None):
         self.mask = run
-        self.moved_mask = moved
+        self.held = moved is not None
+        others = ~run if moved is None else moved > run
         self.run = run.flatten().nonzero().flatten()
-        self.moved = None if moved is None else moved.flatten().nonzero().flatten()
+        self.left = others.flatten().nonzero().flatten()
+
+    @cached_property
+    def moved(self) -> Tensor:
+        """Those that are run, then those that have moved and are not. Shapes: -> (m)."""
+        return torch.cat([self.run, self.left])
 
     @cached_property
     def afresh(self) -> Tokens:
         """The same tokens, where nothing is held."""
-        return self if self.moved is None else Tokens(self.mask)
-
-    @cached_property
-    def inside(self) -> Tensor:
-        """Where the tokens that are run stand among those that have moved. Shapes: -> (n)."""
-        if self.moved_mask is None:
-            return self.run
-        return self.moved_mask.flatten().cumsum(0).index_select(0, self.run) - 1
+        return Tokens(self.mask) if self.held else self
 
     @cached_property
     def ranks(self) -> Tensor:
@@ -82,40 +81,33 @@ class Tokens:
         """The tokens that are run. Shapes: (B, T, D) -> (1, n, D)."""
         return full.flatten(0, 1).index_select(0, self.run)[None]
 
+    def others(self, full: Tensor) -> Tensor:
+        """The tokens that have moved and are not run. Shapes: (B, T, D) -> (1, m - n, D)."""
+        return full.flatten(0, 1).index_select(0, self.left)[None]
+
     def put(self, full: Tensor, new: Tensor) -> Tensor:
         """`full` with the tokens that were run in their places. Shapes: (B, T, D), (1, n, D) -> (B, T, D)."""
         return full.flatten(0, 1).index_copy(0, self.run, new[0]).view_as(full)
 
     def changed(self, full: Tensor) -> Tensor:
-        """The tokens that have moved. Shapes: (B, T, D) -> (1, m, D)."""
-        flat = full.flatten(0, 1)
-        return (flat if self.moved is None else flat.index_select(0, self.moved))[None]
-
-    def picked(self, changed: Tensor) -> Tensor:
-        """Of the tokens that have moved those that are run. Shapes: (1, m, D) -> (1, n, D)."""
-        return changed.index_select(1, self.inside)
-
-    def filled(self, new: Tensor) -> Tensor:
-        """The tokens that are run among those that have moved, zeros for the others. Shapes: (1, n, D) -> (1, m, D)."""
-        count = self.mask.numel() if self.moved is None else len(self.moved)
-        return new.new_zeros(1, count, new.shape[-1]).index_copy(1, self.inside, new)
+        """The tokens that have moved, those that are run first. Shapes: (B, T, D) -> (1, m, D)."""
+        return full.flatten(0, 1).index_select(0, self.moved)[None]
 
     def renewed(self, held: Tensor | None, changed: Tensor, own: bool = False) -> Tensor:
         """What is held, with the tokens that have moved made anew. Shapes: (B, T, D), (1, m, D) -> (B, T, D).
 
         `own`: nobody else sees what is held, so that it may be written to where no gradient flows.
         """
-        assert (held is None) == (self.moved is None), "what has moved is told where something is held"
-        if held is None or self.moved is None:
-            return changed.view(*self.mask.shape, -1)
+        assert (held is not None) == self.held, "what has moved is told where something is held"
+        full = (*self.mask.shape, changed.shape[-1])
+        flat = changed.new_empty(full).flatten(0, 1) if held is None else held.flatten(0, 1)
         copy = torch.Tensor.index_copy_ if own and not torch.is_grad_enabled() else torch.Tensor.index_copy
-        return copy(held.flatten(0, 1), 0, self.moved, changed[0]).view_as(held)
+        return copy(flat, 0, self.moved, changed[0]).view(full)
 
     @cached_property
     def positions_moved(self) -> Tensor:
         """The positions in their sequences of the tokens that have moved. Shapes: -> (1, m)."""
-        moved = torch.arange(self.mask.numel(), device=self.run.device) if self.moved is None else self.moved
-        return (moved % self.mask.shape[1])[None]
+        return (self.moved % self.mask.shape[1])[None]
 
     def rows(self, new: Tensor) -> Tensor:
         """The tokens that are run, sequence by sequence. Shapes: (1, n, D) -> (B, K, D)."""

@@ -242,16 +242,23 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).flatten(2)).masked_fill(~seen, 0.0)
 
     def some(
-        self, x: Tensor, tokens: Tokens, mask: Tensor | None = None, held: tuple[Tensor, Tensor] | None = None
+        self,
+        x: Tensor,
+        left: Tensor,
+        tokens: Tokens,
+        mask: Tensor | None = None,
+        held: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Self-attention of some tokens, which look at all: `forward` without the queries of the others.
 
         `held` are keys and values of all tokens, of an earlier call; those in `tokens.moved` are made anew.
 
-        Shapes: x (1, m, D), what has moved; mask as in `forward` -> (1, n, D); held (B, T, D) each.
+        Shapes: x (1, n, D), what is run; left (1, m - n, D), what else has moved; mask as in `forward` -> (1, n, D);
+        held (B, T, D) each.
         """
-        query, key, value = tokens.rows(self.query(tokens.picked(x))), self.key(x), self.value(x)
-        query, bias = self.split(query), None
+        query, bias = self.split(tokens.rows(self.query(x))), None
+        moved = torch.cat([x, left], 1) if left.shape[1] else x
+        key, value = self.key(moved), self.value(moved)
         batch, keys = tokens.mask.shape
         if self.positions is not None:
             every = torch.arange(keys, device=x.device).expand(batch, -1)

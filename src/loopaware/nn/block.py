@@ -103,15 +103,15 @@ class Block(nn.Module):
 
         Shapes: x (B, T, D) -> (1, n, D), and what to hold: keys and values (B, T, D) each.
         """
-        seen, kept, around = read(context), [held], self.around_attention
+        seen, kept = read(context), [held]
+        # Tokens that moved and are not run are wanted for their keys alone.
+        left = self.around_attention.given(tokens.others(x))
 
         def attend(h: Tensor) -> Tensor:
-            mixed, kept[0] = self.attention.some(h, tokens, seen.mask, held)
-            # Dropped out of what is run and no more, so that the draws do not depend on what was held.
-            return tokens.filled(around.dropout(mixed))
+            mixed, kept[0] = self.attention.some(h, left, tokens, seen.mask, held)
+            return mixed
 
-        # What has moved goes through the norms, for its keys; of the result only what is run is looked at.
-        x = tokens.picked(around.placement(tokens.changed(x), attend, list(around.norms)))
+        x = self.around_attention(tokens.taken(x), attend)
         if self.cross is not None and self.around_cross is not None:
             cross, memory, mask = self.cross, present(seen.memory), seen.memory_mask
             if mask is not None and mask.ndim > 2:

@@ -118,6 +118,17 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.placement(x, lambda h: self.dropout(sublayer(h)), list(self.norms))
 
+    def given(self, x: Tensor) -> Tensor:
+        """What the sub-layer would be given. Shapes: as x."""
+        seen: list[Tensor] = []
+
+        def look(h: Tensor) -> Tensor:
+            seen.append(h)
+            return h
+
+        self.placement(x, look, list(self.norms))
+        return seen[0]
+
     @property
     def local(self) -> bool:
         """Whether nothing here but the sub-layer lets tokens see each other."""
