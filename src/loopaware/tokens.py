@@ -26,9 +26,9 @@ class Tokens:
     Shapes: run, moved (B, T) bool. n tokens are run, m have moved, and no sequence has more than K that run.
 
     >>> tokens = Tokens(torch.tensor([[True, False], [True, True]]))
-    >>> tokens.taken(torch.arange(4.0).view(2, 2, 1)).flatten()
-    tensor([0., 2., 3.])
-    >>> tokens.rows(tokens.taken(torch.arange(4.0).view(2, 2, 1)))[..., 0]
+    >>> tokens.changed(torch.arange(4.0).view(2, 2, 1)).flatten()
+    tensor([0., 2., 3., 1.])
+    >>> tokens.rows(torch.tensor([[[0.0], [2.0], [3.0]]]))[..., 0]
     tensor([[0., 0.],
             [2., 3.]])
     """
@@ -76,14 +76,6 @@ class Tokens:
         """The position in its sequence of the token in each slot, 0 in empty ones. Shapes: -> (B, K)."""
         empty = self.run.new_zeros(len(self.mask) * self.most)
         return empty.index_copy(0, self.slots, self.run % self.mask.shape[1]).view(len(self.mask), self.most)
-
-    def taken(self, full: Tensor) -> Tensor:
-        """The tokens that are run. Shapes: (B, T, D) -> (1, n, D)."""
-        return full.flatten(0, 1).index_select(0, self.run)[None]
-
-    def others(self, full: Tensor) -> Tensor:
-        """The tokens that have moved and are not run. Shapes: (B, T, D) -> (1, m - n, D)."""
-        return full.flatten(0, 1).index_select(0, self.left)[None]
 
     def put(self, full: Tensor, new: Tensor) -> Tensor:
         """`full` with the tokens that were run in their places. Shapes: (B, T, D), (1, n, D) -> (B, T, D)."""

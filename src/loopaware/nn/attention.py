@@ -244,7 +244,7 @@ class Attention(nn.Module):
     def some(
         self,
         x: Tensor,
-        left: Tensor,
+        moved: Tensor,
         tokens: Tokens,
         mask: Tensor | None = None,
         held: tuple[Tensor, Tensor] | None = None,
@@ -253,11 +253,10 @@ class Attention(nn.Module):
 
         `held` are keys and values of all tokens, of an earlier call; those in `tokens.moved` are made anew.
 
-        Shapes: x (1, n, D), what is run; left (1, m - n, D), what else has moved; mask as in `forward` -> (1, n, D);
-        held (B, T, D) each.
+        Shapes: x (1, n, D), what is run; moved (1, m, D), what has moved; mask as in `forward` -> (1, n, D); held
+        (B, T, D) each.
         """
         query, bias = self.split(tokens.rows(self.query(x))), None
-        moved = torch.cat([x, left], 1) if left.shape[1] else x
         key, value = self.key(moved), self.value(moved)
         batch, keys = tokens.mask.shape
         if self.positions is not None:

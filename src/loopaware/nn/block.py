@@ -104,14 +104,15 @@ class Block(nn.Module):
         Shapes: x (B, T, D) -> (1, n, D), and what to hold: keys and values (B, T, D) each.
         """
         seen, kept = read(context), [held]
-        # Tokens that moved and are not run are wanted for their keys alone.
-        left = self.around_attention.given(tokens.others(x))
+        changed = tokens.changed(x)
+        moved = self.around_attention.before(changed)
 
         def attend(h: Tensor) -> Tensor:
-            mixed, kept[0] = self.attention.some(h, left, tokens, seen.mask, held)
+            mixed, kept[0] = self.attention.some(h, moved, tokens, seen.mask, held)
             return mixed
 
-        x = self.around_attention(tokens.taken(x), attend)
+        # What else has moved is wanted for its keys alone.
+        x = self.around_attention(changed[:, : len(tokens.run)], attend)
         if self.cross is not None and self.around_cross is not None:
             cross, memory, mask = self.cross, present(seen.memory), seen.memory_mask
             if mask is not None and mask.ndim > 2:

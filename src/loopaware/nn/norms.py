@@ -21,7 +21,10 @@ Norm = Callable[[Tensor], Tensor]
 
 
 class Placement(Protocol):
-    """How a sub-layer, a residual and `norms` many norms are put together."""
+    """How a sub-layer, a residual and `norms` many norms are put together.
+
+    One that treats each token by itself may declare so by a method `before(x, norms)`: what the sub-layer is given.
+    """
 
     norms: ClassVar[int]
 
@@ -43,10 +46,12 @@ class Pre:
     """
 
     norms: ClassVar[int] = 1
-    local: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, sublayer: Sublayer, norms: Sequence[Norm], /) -> Tensor:
         return x + sublayer(norms[0](x))
+
+    def before(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
+        return norms[0](x)
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,12 @@ class Post:
     """
 
     norms: ClassVar[int] = 1
-    local: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, sublayer: Sublayer, norms: Sequence[Norm], /) -> Tensor:
         return norms[0](x + sublayer(x))
+
+    def before(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
+        return x
 
 
 @dataclass(frozen=True)
@@ -83,10 +90,12 @@ class Sandwich:
     """
 
     norms: ClassVar[int] = 2
-    local: ClassVar[bool] = True
 
     def __call__(self, x: Tensor, sublayer: Sublayer, norms: Sequence[Norm], /) -> Tensor:
         return x + norms[1](sublayer(norms[0](x)))
+
+    def before(self, x: Tensor, norms: Sequence[Norm]) -> Tensor:
+        return norms[0](x)
 
 
 class Residual(nn.Module):
@@ -118,21 +127,14 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, sublayer: Sublayer) -> Tensor:
         return self.placement(x, lambda h: self.dropout(sublayer(h)), list(self.norms))
 
-    def given(self, x: Tensor) -> Tensor:
-        """What the sub-layer would be given. Shapes: as x."""
-        seen: list[Tensor] = []
-
-        def look(h: Tensor) -> Tensor:
-            seen.append(h)
-            return h
-
-        self.placement(x, look, list(self.norms))
-        return seen[0]
+    def before(self, x: Tensor) -> Tensor:
+        """What the sub-layer is given, if tokens are treated each by itself. Shapes: as x."""
+        return self.placement.before(x, list(self.norms))  # pyright: ignore[reportAttributeAccessIssue] - `local`
 
     @property
     def local(self) -> bool:
         """Whether nothing here but the sub-layer lets tokens see each other."""
-        return local(self.placement) and all(map(local, self.norms))
+        return hasattr(self.placement, "before") and all(map(local, self.norms))
 
     def extra_repr(self) -> str:
         return f"placement={self.placement}"
