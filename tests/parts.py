@@ -45,6 +45,12 @@ class Mixer(nn.Module):
         return torch.tanh(self.linear(state + state.mean(1, keepdim=True)))
 
 
+def switched() -> nn.Module:
+    """A rule that is taught on all steps of training, and stops rows in evaluation."""
+    rule = halt.Linear(DIM, bias=0.1)
+    return halt.Switched(halt.Watched(rule), rule)
+
+
 def half() -> nn.Module:
     """A body on one half of a state."""
     return body.Called(nn.Sequential(nn.LayerNorm(DIM // 2), nn.Linear(DIM // 2, DIM // 2), nn.Tanh()))
@@ -92,6 +98,9 @@ PARTS = [
     Part("halt", "Patience", lambda: halt.Patience(halt.Converged(rtol=0.1), times=2)),
     Part("halt", "Grouped", lambda: halt.Grouped(halt.Converged(rtol=0.05), size=2)),
     Part("halt", "Watched", lambda: halt.Watched(halt.Residual())),
+    Part("halt", "Switched", switched),
+    Part("halt", "Drawn", lambda: halt.Drawn(halt.depths.Uniform(2, 5), axes=1)),
+    Part("halt", "Written", lambda: halt.Written(torch.tensor(3))),
     Part("readout", "Last", readout.Last),
     Part("readout", "Weighted", readout.Weighted),
     Part("readout", "Tensor2Tensor", readout.Tensor2Tensor),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as draw
 from torch import Tensor, nn
 
-from loopaware import Loop, Rows, halt, observe, readout, testing
+from loopaware import Loop, Rows, grad, halt, observe, readout, testing
 from loopaware.train import objectives
 from parts import DIM, PARTS, mixing
 
@@ -409,6 +409,153 @@ def test_losses_of_steps_count_the_steps_a_row_took():
     assert spread.item() == pytest.approx(steps.var(unbiased=False).item())
 
 
+def test_ouros_first_stage_has_its_closed_form():
+    """sum_t p_t L_t - beta H(p), p_T = what is left; the last chance of the rule counts for nothing."""
+    given = chances([0.3, 0.6, 0.2], [0.1, 0.2, 0.9]).requires_grad_()
+    losses = torch.tensor([[1.0, 4.0], [3.0, 2.0], [0.5, 7.0]], dtype=torch.float64)
+    _, path = run(halt.Ponder(Logit(), epsilon=1e-9), script(given, VALUES[:, :3].expand(2, 3)))
+    a, b, _ = given.unbind(1)
+    p = torch.stack([a, (1 - a) * b, (1 - a) * (1 - b)])
+    entropy = -(p * p.log()).sum(0)
+    testing.assert_close(objectives.exit_entropy(path), entropy, "the entropy of the exit")
+    uniform = torch.full_like(p, 1 / 3)
+    testing.assert_close((p * (p / uniform).log()).sum(0), math.log(3) - entropy, "log T less it is the divergence")
+    own, expected = objectives.ouro(path, losses, beta=0.3), (p * losses).sum(0) - 0.3 * entropy
+    testing.assert_close(own, expected, "the loss")
+    pair = [torch.autograd.grad(loss.sum(), given, retain_graph=True)[0] for loss in (own, expected)]
+    testing.assert_close(pair[0], pair[1], "and its gradient")
+    assert not pair[0][:, 2].any() and objectives.ouro(path, losses)[0] > own[0]
+    with pytest.raises(ValueError, match="or count positions as rows: path.among"):
+        objectives.ouro(path, losses[..., None])
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=draw.lists(draw.lists(draw.floats(-200, 200), min_size=5, max_size=5), min_size=1, max_size=3))
+def test_the_entropy_of_the_exit_is_that_of_a_distribution(rows):
+    logits = torch.tensor(rows, dtype=torch.float64)
+    context = torch.stack([torch.ones_like(logits), logits], -1).requires_grad_()
+    _, path = run(halt.Ponder(Logit(), epsilon=1e-12), context)
+    entropy = objectives.exit_entropy(path)
+    assert (entropy >= -1e-12).all() and (entropy <= math.log(5) + 1e-12).all()
+    assert torch.autograd.grad(entropy.sum(), context)[0].isfinite().all()
+
+
+def test_ouro_stops_where_the_chance_of_having_stopped_reaches_its_quantile():
+    given = chances([0.3, 0.5, 0.4, 0.2], [0.05, 0.1, 0.1, 0.9], [0.8, 0.1, 0.1, 0.1])
+    reached = 1 - torch.cumprod(1 - given, 1)
+    for q in (0.5, 0.7, 0.9):
+        out, _ = run(halt.Ponder(Logit(), epsilon=1 - q, sampled=False).eval(), script(given, VALUES.expand(3, 4)))
+        first = [next((t for t in range(4) if row[t] >= q), 3) + 1 for row in reached.tolist()]
+        assert out.steps.tolist() == first, "the first step whose cumulated chance is at least q, else the bound"
+
+
+def test_ouros_second_stage_asks_whether_a_step_still_helped():
+    given = chances([0.3, 0.6, 0.2, 0.5], [0.1, 0.2, 0.9, 0.5])
+    losses = torch.tensor([[1.0, 4.0], [0.99, 4.0], [0.5, 5.0], [0.499, 1.0]], dtype=torch.float64).requires_grad_()
+    context = script(given, VALUES.expand(2, 4)).requires_grad_()
+    _, path = run(halt.Watched(Logit()), context)
+    got, expected = objectives.improvement(path, losses, threshold=0.02, sharpness=20.0), []
+    for row in range(2):
+        terms = []
+        for t in range(1, 4):
+            saved = max(0.0, (losses[t - 1, row] - losses[t, row]).item())
+            onward = 1 / (1 + math.exp(-20.0 * (saved - 0.02)))
+            h = given[row, t].item()
+            terms.append(-onward * math.log(1 - h) - (1 - onward) * math.log(h))
+        expected.append(sum(terms) / 3)
+    testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), "cross-entropy against going on")
+    gradient = torch.autograd.grad(got.sum(), [context, losses], allow_unused=True)
+    assert gradient[1] is None and not gradient[0][:, 0].any() and (gradient[0][:, 1:, 1] != 0).all()
+
+
+def labelled() -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (3, 5, DIM), their labels, of which some are not counted, and which tokens are real."""
+    mask = torch.arange(5) < torch.tensor([5, 3, 1])[:, None]
+    labels = torch.randint(0, 4, (3, 5)).masked_fill(~mask, -100)
+    labels[0, :2] = -100
+    return torch.randn(3, 5, DIM), labels, mask
+
+
+def token_losses(head: nn.Module, path: observe.Trajectory, labels: Tensor) -> Tensor:
+    """The loss of each token after each step. Shapes: -> (T, B, tokens)."""
+    logits = head(torch.stack(path.states))
+    every = labels.expand(logits.shape[:-1])
+    return nn.functional.cross_entropy(logits.flatten(0, -2), every.flatten(), reduction="none").view(every.shape)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rule", [halt.Never(), halt.Drawn(halt.depths.Uniform(1, 6), axes=1)], ids=str)
+def test_a_language_model_is_taught_by_the_labels_it_has(rule, rows: int):
+    """Token by token in plain Python, whether tokens or sequences halt; uncounted labels change no mean."""
+    x, labels, mask = labelled()
+    head, loop = nn.Linear(DIM, 4), Loop(mixing(), 6, rows=rows, halt=rule)
+    with observe.record(loop, states=True) as tape:
+        out = loop(x, mask=mask)
+    path = tape.only.among(labels != -100)
+    losses = token_losses(head, path, labels)
+    for weight in (None, lambda step: step**2):
+        terms = []
+        for row, token in (labels != -100).nonzero().tolist():
+            taken = int(out.steps[row] if rows == 1 else out.steps[row, token])
+            weights = [1.0 if weight is None else float((t + 1) ** 2) for t in range(taken)]
+            each = [weights[t] * losses[t, row, token] for t in range(taken)]
+            terms.append(sum(each) / sum(weights))
+        own = objectives.mean(objectives.multi_exit(path, losses, weight), path)
+        testing.assert_close(own, torch.stack(terms).mean(), "the mean over labelled tokens")
+    last = objectives.mean(objectives.expected(path, losses), path)
+    plain = nn.functional.cross_entropy(head(out.value).flatten(0, 1), labels.flatten())
+    testing.assert_close(last, plain, "with all weight on the exit, the cross-entropy of the answer")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_exits_of_a_language_model_are_weighed_by_their_rows(rows: int):
+    """Losses of every step under a learned rule, with a prior: token by token, gradients included."""
+    x, labels, mask = labelled()
+    head = nn.Linear(DIM, 4)
+    loop = Loop(mixing(), 4, rows=rows, halt=halt.Ponder(halt.Linear(DIM, bias=-0.5), epsilon=1e-6))
+    with observe.record(loop, states=True) as tape:
+        loop(x, mask=mask)
+    path = tape.only.among(labels != -100)
+    losses = token_losses(head, path, labels)
+    entropies, divergences, means = [], [], []
+    for row, token in (labels != -100).nonzero().tolist():
+        z = tape.only.scores[:, row] if rows == 1 else tape.only.scores[:, row, token]
+        left, p = torch.ones(()), []
+        for t in range(4):
+            p.append(left if t == 3 else left * torch.sigmoid(z[t]))
+            left = left * (1 - torch.sigmoid(z[t]))
+        p = torch.stack(p)
+        g = torch.tensor([0.3, 0.21, 0.147, 0.343])
+        means.append((p * losses[:, row, token]).sum())
+        entropies.append(-(p * p.log()).sum())
+        divergences.append((p * (p / g).log()).sum())
+    mean, entropy, divergence = (torch.stack(each).mean() for each in (means, entropies, divergences))
+    weights = [*loop.parameters(), *head.parameters()]
+    for own, expected in (
+        (objectives.ouro(path, losses, 0.2), mean - 0.2 * entropy),
+        (objectives.pondernet(path, losses, 0.3, 0.2), mean + 0.2 * divergence),
+    ):
+        own = objectives.mean(own, path)
+        testing.assert_close(own, expected, "each token has the weights of its row")
+        pair = [torch.autograd.grad(loss, weights, retain_graph=True) for loss in (own, expected)]
+        testing.assert_close(pair[0], pair[1], "and their gradients")
+
+
+def test_every_exit_is_taught_in_a_truncated_run_of_drawn_depth():
+    """The head by all steps, the body by the last ones of each row."""
+    x, labels, mask = labelled()
+    head = nn.Linear(DIM, 4)
+    loop = Loop(mixing(), 9, halt=halt.Drawn(halt.depths.Fixed(5), axes=1), grad=grad.Truncated(2))
+    with observe.record(loop, states=True) as tape:
+        loop(x, mask=mask)
+    path = tape.only.among(labels != -100)
+    losses = token_losses(head, path, labels)
+    assert losses.shape == (5, 3, 5)
+    testing.parts.check_alive(nn.ModuleList([loop, head]), objectives.mean(objectives.multi_exit(path, losses), path))
+    early = objectives.mean(objectives.multi_exit(path, losses, lambda step: step <= 3), path)
+    assert not any(g.any() for g in torch.autograd.grad(early, list(loop.parameters()), materialize_grads=True))
+
+
 def test_padding_costs_nothing():
     loop = Loop(mixing(), 4, rows=2, halt=halt.ACT(halt.Linear(DIM)), readout=readout.Weighted())
     mask = torch.tensor([[True, True, False], [True, False, False]])
@@ -422,6 +569,9 @@ def test_padding_costs_nothing():
         objectives.expected_steps(path),
         objectives.expected(path, losses),
         objectives.geometric_kl(path, 0.2),
+        objectives.exit_entropy(path),
+        objectives.ouro(path, losses),
+        objectives.improvement(path, losses),
         objectives.halting(path, losses),
         objectives.multi_exit(path, losses),
         objectives.confidence(path),

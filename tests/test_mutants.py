@@ -22,15 +22,15 @@ MUTANTS = {
         "update, halt = tree.where(alive, (update, halt), kept[1:])",
     ),
     "count halted rows": ("carry.steps + alive", "carry.steps + 1"),
-    "weigh halted rows": ("verdict.weight * open_rows", "verdict.weight"),
-    "forget who halted": ("halted = carry.halted | verdict.stop", "halted = verdict.stop"),
-    "believe the last verdict": ("alive & ~halted, halted", "~verdict.stop, halted"),
+    "weigh halted rows": ("verdict.weight * unheard", "verdict.weight"),
+    "forget who halted": ("halted = halted | verdict.stop", "halted = verdict.stop"),
+    "believe the last verdict": ("alive = alive > halted", "alive = ~verdict.stop"),
     "step padding": ("alive=rows.real(state)", "alive=~rows.zeros(state, torch.bool)"),
-    "stop one step late": ("alive & ~halted, halted", "alive & ~carry.halted, halted"),
+    "stop one step late": ("alive = alive > halted", "alive = unheard"),
     "start anew when resumed": ("max(limit - carry.index, 0)", "limit"),
     "lose the index": ("carry.index + 1", "carry.index"),
     "judge the proposal against itself": ("self.halt(carry.state, state,", "self.halt(state, state,"),
-    "halt together": ("carry.halted | verdict.stop", "carry.halted | verdict.stop.any()"),
+    "halt together": ("halted | verdict.stop", "halted | verdict.stop.any()"),
 }
 
 
@@ -76,14 +76,16 @@ def test_the_driver_itself_passes():
 
 @pytest.mark.parametrize("mistake", MUTANTS)
 def test_the_suite_catches(mistake: str):
+    module = mutated(*MUTANTS[mistake])
     with pytest.raises(AssertionError):
-        checked(mutated(*MUTANTS[mistake]))
+        checked(module)
 
 
 if __name__ == "__main__":
     for mistake, change in MUTANTS.items():
+        module = mutated(*change)
         try:
-            checked(mutated(*change))
+            checked(module)
             print(f"{mistake:40} SURVIVED")
         except AssertionError as error:
             print(f"{mistake:40} caught: {str(error).splitlines()[0][:90]}")

@@ -79,6 +79,21 @@ def test_recording_changes_nothing(rule):
     testing.assert_close(pair[0], pair[1], "gradients are as they were")
 
 
+def test_positions_can_be_counted_as_rows():
+    with observe.record(loop := Loop(lambda state, context, index: state / 2, 4, halt=halt.Residual())) as tape:
+        loop(torch.randn(3, 5, 2))
+    path, mask = tape.only, torch.rand(3, 5) < 0.7
+    each = path.among(mask)
+    assert each.steps.shape == mask.shape and each.scores.shape == each.alive.shape == (len(path.alive), 3, 5)
+    for row, position in mask.nonzero().tolist():
+        assert torch.equal(each.weights[:, row, position], path.weights[:, row])
+        assert each.steps[row, position] == path.steps[row]
+    assert not each.alive[:, ~mask].any() and not each.weights[:, ~mask].any() and not each.last[:, ~mask].any()
+    assert (each.last.sum(0) == mask).all() and each.numbers.shape == (len(path.alive), 1, 1)
+    with pytest.raises(ValueError, match=r"mask of a trajectory must begin with the rows \(3,\), got \(5, 3\). Swap"):
+        path.among(mask.mT)
+
+
 def test_nothing_is_left_behind():
     loop = Loop(lambda state, context, index: state / 2, 4, readout=(own := readout.Weighted()))
     with pytest.raises(RuntimeError, match="inside"), observe.record(loop):

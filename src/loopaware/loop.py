@@ -115,13 +115,12 @@ class Loop(nn.Module):
         if carry is None:
             carry = self.start(context, mask)
         elif mask is not None:
-            raise ValueError(
-                "mask must be None when a carry is given, got both. The carry holds the mask it began with."
-            )
+            raise ValueError("mask must be None when a carry is given, got both. The carry holds its own mask.")
         advance = protocols.Advance(self.advance, context, self.body, self.readout)
         run = protocols.Run(
             lambda carry, steps: self.execute(advance, carry, steps),
             lambda state, index: self.body.inverse(state, context, index),  # pyright: ignore[reportAttributeAccessIssue]
+            getattr(self.halt, "foreseen", None),
         )
         carry = self.grad(run, carry, max(limit - carry.index, 0))
         return Output(self.readout.finish(carry.readout, carry), carry.steps, carry.halted, carry)

@@ -177,13 +177,16 @@ class Advance(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a gradient rule is given: run some steps; and, of a body that has an inverse, the state before a step.
+    """What a gradient rule is given: run some steps; and what parts that know more can tell.
 
     `inverse(state, index)` asks `body.inverse(state, context, index)` for h_{t-1}, all rows taken back.
+    `foreseen(memory)` asks a halting rule that declares it after how many steps each row will stop, bound aside; None
+    if it cannot tell.
     """
 
     forward: Callable[[Carry, int], Carry]
     inverse: Callable[[State, int], State]
+    foreseen: Callable[[Memory], Tensor | None] | None = None
 
     def __call__(self, carry: Carry, steps: int) -> Carry:
         return self.forward(carry, steps)
@@ -241,7 +244,9 @@ class Halt(Protocol):
 
     The driver ignores verdicts on rows that have stopped, and readouts give what is missing to one at the cap to the
     last state. `learned`: has parameters that need a gradient through the score. `stops`: may ever stop a row. `mixes`:
-    spreads its weights over the steps, so that the readout must be a weighted one.
+    spreads its weights over the steps, so that the readout must be a weighted one. A rule that knows from its start
+    when it will stop may declare `foreseen(memory)`, the number of steps of each row: a gradient rule of the last steps
+    then need not run the loop to see where they are.
     """
 
     @property

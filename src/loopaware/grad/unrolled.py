@@ -128,8 +128,9 @@ class Truncated:
 
     Memory of k steps, and a biased gradient that forgets what earlier steps did. A row that stops early has its own
     last k steps differentiated, whatever its neighbours do; then the loop is run twice, first without gradients to
-    learn where each row stops. With `least`, every run draws k anew from `least` to `last` (PyTorch's generator), so
-    that no step is always the first to be taught.
+    learn where each row stops, unless the rule knows beforehand (`halt.Drawn`, `halt.Written`). Rows of different
+    depths so keep more than k steps: all from k before the first row's stop on. With `least`, every run draws k anew
+    from `least` to `last` (PyTorch's generator), so that no step is always the first to be taught.
 
     Args:
         last: how many steps of each row are differentiated, at most.
@@ -161,7 +162,9 @@ class Truncated:
         last = self.last if self.least is None else int(torch.randint(self.least, self.last + 1, ()))
         if steps <= last:
             return run(carry, steps)
-        return linked(self.cut(run, carry, steps, last), carry)
+        ends = known(run, carry, steps)
+        out = self.cut(run, carry, steps, last) if ends is None else replayed(run, carry, ends, last)
+        return linked(out, carry)
 
     def cut(self, run: Run, carry: Carry, steps: int, last: int) -> Carry:
         device = carry.alive.device
@@ -180,14 +183,23 @@ class Truncated:
         return replayed(run, carry, ends, last)
 
 
+def known(run: Run, carry: Carry, steps: int) -> torch.Tensor | None:
+    """How many of the next steps each row takes, if its rule knows before. Shapes: -> (*rows) long."""
+    ends = None if run.foreseen is None else run.foreseen(carry.halt)
+    return None if ends is None else (ends.long() - carry.index).clamp(1, steps) * carry.alive
+
+
 def replayed(run: Run, carry: Carry, ends: torch.Tensor, last: int) -> Carry:
-    """Run again; row r is attached from its step `ends[r] - last` on."""
+    """Run so that row r, which takes `ends[r]` steps, is attached from its step `ends[r] - last` on."""
     stepped = ends[ends > 0]
     if stepped.numel() == 0:
         return carry
-    first, final = max(int(stepped.min()) - last, 0), int(stepped.max())
+    shortest, final = int(stepped.min()), int(stepped.max())
+    first = max(shortest - last, 0)
     with torch.no_grad():
         carry = run(carry, first)
+    if shortest == final:
+        return run(tree.detach(carry) if first else carry, final - first)
     for done in range(first, final):
         carry = run(tree.where(done > ends - last, carry, tree.detach(carry)), 1)
     return carry

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from loopaware.checks import bounded
+from loopaware.checks import bounded, shown
 from loopaware.halt.measure import combined, hard
 from loopaware.protocols import Halt, Memory, Rows, State, Verdict
 
@@ -194,6 +194,61 @@ class Watched(nn.Module):
 
     def __repr__(self) -> str:
         return f"Watched(rule={self.rule!r})"
+
+
+class Switched(nn.Module):
+    """One rule in training, another in evaluation; a run keeps the rule that it began with, wherever it goes on.
+
+    Use it where a loop is trained otherwise than it is run: at drawn depths and stopped by what it predicts
+    (`Switched(halt.Drawn(depth), halt.KL(head))`), or on all steps and stopped by what that taught
+    (`Switched(halt.Watched(rule), rule)`). Which mode it is says `module.train()`, as for dropout. It is learned if the
+    rule of training is; it stops, or spreads its weights, if one of the two does.
+
+    Args:
+        training: any halting rule.
+        evaluation: any other; it may share the first one's parameters, and if it is learned it should.
+
+    Raises:
+        ValueError: the rule of evaluation is learned and that of training is not, so that nothing would teach it.
+
+    >>> from loopaware import halt
+    >>> rule = halt.Residual()
+    >>> Switched(halt.Watched(rule), rule).learned
+    True
+    """
+
+    def __init__(self, training: Halt, evaluation: Halt):
+        super().__init__()
+        self.rules = (evaluation, training)
+        given = [rule for rule in (training, evaluation) if isinstance(rule, nn.Module)]
+        inside = {part for rule in given for part in rule.modules() if part is not rule}
+        self.parts = nn.ModuleList(dict.fromkeys(rule for rule in given if rule not in inside))
+        self.learned = training.learned
+        self.stops = training.stops or evaluation.stops
+        self.mixes = training.mixes or evaluation.mixes
+        if evaluation.learned and not training.learned and any(weight.requires_grad for weight in self.parameters()):
+            raise ValueError(
+                f"a rule that is learned must be asked in training too, got {shown(evaluation)} beside "
+                f"{shown(training)}. Take halt.Watched(rule) there, or freeze what was trained before: "
+                "rule.requires_grad_(False)."
+            )
+
+    def start(self, state: State, rows: Rows) -> Memory:
+        return self.training, self.rules[self.training].start(state, rows)
+
+    def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
+        began, inner = memory
+        verdict, inner = self.rules[began](old, new, inner, index)
+        return verdict, (began, inner)
+
+    def foreseen(self, memory: Memory) -> Tensor | None:
+        """After how many steps each row stops, where the rule of the run knows before. Shapes: -> (*rows)."""
+        began, inner = memory
+        known = getattr(self.rules[began], "foreseen", None)
+        return None if known is None else known(inner)
+
+    def __repr__(self) -> str:
+        return f"Switched(training={self.rules[1]!r}, evaluation={self.rules[0]!r})"
 
 
 def checked(rules: tuple[Halt, ...], user: str) -> tuple[Halt, ...]:

@@ -53,13 +53,32 @@ class Trajectory(NamedTuple):
     def among(self, rows: Tensor) -> Trajectory:
         """The same trajectory with every other row taken for padding: of a loop in a loop, where the outer row stepped.
 
-        The k-th call of the inner loop belongs to step k of the outer one: `inner.among(outer.alive[k])`.
+        The k-th call of the inner loop belongs to step k of the outer one: `inner.among(outer.alive[k])`. A mask of
+        more axes makes the positions behind the rows rows of their own, which all did what their row did: so a loss
+        for each token can be taken where sequences halt, and `path.among(labels != -100)` is right for both.
 
-        Shapes: rows bool, the row axes or their first ones.
+        Shapes: rows bool, the row axes, their first ones, or more.
+
+        Raises:
+            ValueError: a mask of more axes does not begin with the row axes.
         """
-        chosen = tree.expand(rows, self.steps)
-        halted, alive, weights = self.halted & chosen, self.alive & chosen, self.weights * chosen
-        return self._replace(steps=self.steps * chosen, halted=halted, weights=weights, alive=alive)
+        path = self.apart(rows.shape) if rows.ndim > self.steps.ndim else self
+        chosen = tree.expand(rows, path.steps)
+        halted, alive, weights = path.halted & chosen, path.alive & chosen, path.weights * chosen
+        return path._replace(steps=path.steps * chosen, halted=halted, weights=weights, alive=alive)
+
+    def apart(self, shape: torch.Size) -> Trajectory:
+        """The same trajectory, each row repeated for every position behind it. Shapes: shape begins with the rows."""
+        rows, behind = self.steps.shape, shape[self.steps.ndim :]
+        if shape[: len(rows)] != rows:
+            raise ValueError(
+                f"a mask of a trajectory must begin with the rows {tuple(rows)}, got {tuple(shape)}. Swap its axes."
+            )
+
+        def repeated(leaf: Tensor) -> Tensor:
+            return leaf[(..., *[None] * len(behind))].expand(*leaf.shape, *behind)
+
+        return self._replace(**{name: repeated(getattr(self, name)) for name in self._fields if name != "states"})
 
     @property
     def counts(self) -> Tensor:

@@ -13,7 +13,6 @@ import json
 import math
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,11 +21,11 @@ from torch import Tensor
 
 from loopaware import Loop, execute, files, halt
 from loopaware.checks import bounded
+from loopaware.halt import Written
 from loopaware.nn import Block, Post
 from loopaware.observe import Report
 from loopaware.observe.cost import counted
 from loopaware.observe.figures import figure
-from loopaware.protocols import Rows, State, Verdict
 from loopaware.recipes.shared import apart, show
 from loopaware.train.progress import Progress, within
 
@@ -59,25 +58,6 @@ class Line(NamedTuple):
     def over(self) -> float:
         """The time that was left over the operations that were left; 1 is all one can ask for."""
         return self.ratio / self.operations
-
-
-@dataclass(frozen=True)
-class Written:
-    """Stop each row at a step that was written down before: stop = t >= ends. Shapes: ends (*rows) long."""
-
-    learned = False
-    stops = True
-    mixes = False
-    ends: Tensor
-
-    def start(self, state: State, rows: Rows) -> tuple[Tensor, Tensor]:
-        return self.ends, rows.zeros(state)
-
-    def __call__(
-        self, old: State, new: State, memory: tuple[Tensor, Tensor], index: int
-    ) -> tuple[Verdict, tuple[Tensor, Tensor]]:
-        stop = memory[0] <= index + 1
-        return Verdict(stop, stop.to(memory[1].dtype), memory[1]), memory
 
 
 def run(

@@ -129,7 +129,7 @@ def twice(part: Update, state: State, proposal: State) -> tuple[State, State]:
 
 def check_halt(part: Halt, states: list[State], rows: Rows) -> None:
     """A rule's weights are not negative and sum to one when it stops, in training and in evaluation; learned ones are
-    alive; in evaluation rows are judged alone.
+    alive; in evaluation rows are judged alone; who foresees the stops keeps to it.
 
     Args:
         states: h_0, h_1, ..., each leading with the batch.
@@ -140,6 +140,8 @@ def check_halt(part: Halt, states: list[State], rows: Rows) -> None:
     check_weights(part, judged(part, states, rows), rows)
     verdicts = judged(still, states, rows)
     check_weights(still, verdicts, rows)
+    for mode in (part, still):
+        check_foreseen(mode, states, rows)
     if part.learned:
         check_alive(part, tuple(verdict.score for verdict in judged(part, states, rows)))
     for item in range(batch_size(states[0])):
@@ -160,6 +162,17 @@ def check_weights(part: Halt, verdicts: list[Verdict], rows: Rows) -> None:
         assert_close(total[stopped], torch.ones_like(total[stopped]), "weights sum to one when a row stops")
         assert (total <= 1 + 1e-5).all(), "weights never sum to more than one"
     assert part.stops or not stopped.any(), "a rule that never stops says so"
+
+
+def check_foreseen(part: Halt, states: list[State], rows: Rows) -> None:
+    """A rule that says at its start after how many steps rows stop does stop them then, and not before."""
+    memory, foreseen = part.start(states[0], rows), getattr(part, "foreseen", None)
+    ends = None if foreseen is None else foreseen(memory)
+    if ends is None:
+        return
+    for index, (old, new) in enumerate(itertools.pairwise(states)):
+        verdict, memory = part(old, new, memory, index)
+        assert torch.equal(verdict.stop, ends <= index + 1), "a row stops when it was foreseen to"
 
 
 def judged(part: Halt, states: list[State], rows: Rows) -> list[Verdict]:

@@ -3,7 +3,9 @@
 In: a `Trajectory` of `loopaware.observe.record`, whose scores are the logits z of a learned rule, h = sigmoid(z), and
 whose weights p_t of a row sum to one; losses of single steps, where one is asked for. Out: one number for each row,
 zero for padding; `mean` averages it over the real rows. A loop in a loop is recorded once for each call:
-`sum(ponder_cost(call.among(outer.alive[k])) for k, call in enumerate(tape["inner"]))`.
+`sum(ponder_cost(call.among(outer.alive[k])) for k, call in enumerate(tape["inner"]))`. A language model has a loss for
+each token, some without a label: `path.among(labels != -100)` counts the others, whether tokens halt by themselves or
+whole sequences do.
 Deliberately elsewhere: the losses of single steps (PyTorch), weights that grow in training (`train.Warmup`).
 """
 
@@ -88,6 +90,57 @@ def pondernet(path: Trajectory, losses: Tensor, rate: float = 0.2, beta: float =
     References: A. Banino et al., "PonderNet: Learning to Ponder", 2021, arXiv 2107.05407.
     """
     return expected(path, losses) + beta * geometric_kl(path, rate)
+
+
+def exit_entropy(path: Trajectory) -> Tensor:
+    """H(p) = -sum_t p_t log p_t in nats: how open it is where a row stops. KL(p || uniform over T) = log T - H(p)."""
+    weights = path.weights
+    return -(weights * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(0)
+
+
+def ouro(path: Trajectory, losses: Tensor, beta: float = 0.1) -> Tensor:
+    """Ouro's loss of the first stage: sum_t p_t loss_t - beta H(p).
+
+    A uniform prior where PonderNet has a geometric one: no depth is favoured, and late steps go on being taught. For
+    `halt.Ponder` in training, with an epsilon near zero so that every row takes all steps; `halt.Ponder(rule,
+    epsilon=1 - q, sampled=False)` then stops where the chance of having stopped reaches q, as Ouro does.
+
+    Args:
+        losses: of each step and row.
+        beta: weight of the entropy, 0.1 at first and 0.05 later in the paper.
+
+    Shapes: losses (T, *rows).
+
+    Raises:
+        ValueError: losses are not one for each step and row.
+
+    References: R.-J. Zhu et al., "Scaling Latent Reasoning via Looped Language Models", 2025, arXiv 2510.25741.
+    """
+    return expected(path, losses) - beta * exit_entropy(path)
+
+
+def improvement(path: Trajectory, losses: Tensor, threshold: float = 0.005, sharpness: float = 50.0) -> Tensor:
+    """Ouro's loss of the second stage: binary cross-entropy of h_t against "did step t no longer help?".
+
+    target_t = 1 - sigmoid(sharpness (max(0, loss_{t-1} - loss_t) - threshold)), t = 2, 3, ...; mean over those steps
+
+    It teaches the rule alone, on losses of a model that stays as it is; the targets have no gradient.
+
+    Args:
+        losses: of each step and row.
+        threshold: what a step must save to be worth it, in the unit of the losses.
+        sharpness: of the target around the threshold.
+
+    Shapes: losses (T, *rows).
+
+    Raises:
+        ValueError: losses are not one for each step and row.
+
+    References: R.-J. Zhu et al., "Scaling Latent Reasoning via Looped Language Models", 2025, arXiv 2510.25741.
+    """
+    saved = -fitting(losses, path).detach().diff(dim=0).clamp(max=0)
+    target = torch.sigmoid(sharpness * (threshold - saved)).to(path.scores.dtype)
+    return over_steps(binary_cross_entropy_with_logits(path.scores[1:], target, reduction="none"), path.alive[1:])
 
 
 def halting(path: Trajectory, right: Tensor) -> Tensor:
@@ -236,6 +289,7 @@ def fitting(values: Tensor, path: Trajectory) -> Tensor:
     if values.shape != path.alive.shape:
         raise ValueError(
             f"there must be one number for each step and row, shape {tuple(path.alive.shape)}, got "
-            f"{tuple(values.shape)}. Take losses with reduction='none' and average what lies behind the row axes."
+            f"{tuple(values.shape)}. Take losses with reduction='none' and average what lies behind the row axes, or "
+            "count positions as rows: path.among(mask)."
         )
     return values
