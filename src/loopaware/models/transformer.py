@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from loopaware.nn import Block, LayerNorm, Placement
 from loopaware.nn.attention import AttentionPositions
+from loopaware.nn.norms import local
+from loopaware.protocols import partial
+from loopaware.tokens import Tokens
 
 __all__ = ["Transformer"]
 
@@ -22,7 +25,8 @@ class Transformer(nn.Module):
     """Unshared blocks, one after the other, then a norm: y = norm(block_L(...block_1(x))).
 
     Use it as the baseline of a loop over one block: same call, same blocks, `layers` times the parameters. It is a
-    body too, so a loop may repeat the whole stack.
+    body too, so a loop may repeat the whole stack; of tokens that have stopped `execute.Compacted` then leaves out the
+    last block alone, since those before it make what the last one attends to.
 
     Args:
         layers: how many blocks.
@@ -86,6 +90,20 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, context, index)
         return self.norm(x)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the last block and the norm can run for some tokens; blocks before it are run for all."""
+        return partial(self.blocks[-1]) and local(self.norm)
+
+    def some(self, x: Tensor, context: Any, index: int, tokens: Tokens, held: Any = None) -> tuple[Tensor, Any]:
+        """`forward` of some tokens. What earlier blocks make of stopped tokens moves, so only one block can hold."""
+        *before, last = self.blocks
+        assert partial(last)
+        for block in before:
+            x = block(x, context, index)
+        x, held = last.some(x, context, index, tokens.afresh if before else tokens, held)
+        return self.norm(x), None if before else held
 
 
 def masked(context: Any, mask: Tensor) -> dict[str, Any]:

@@ -35,8 +35,10 @@ from loopaware import update as updates
 from loopaware.checks import between, bounded, shown
 from loopaware.halt.measure import hard
 from loopaware.loop import Loop
-from loopaware.nn import Block, FeedForward, LayerNorm, LearnedPositions, Placement, Post, Sinusoidal
-from loopaware.protocols import Body, Carry, Context, Halt, Output, Rows, State, Update, Verdict
+from loopaware.models.coordinates import Coordinates, HalvedWaves, tensor2tensor_signal
+from loopaware.nn import Block, FeedForward, LayerNorm, Placement, Post
+from loopaware.protocols import Body, Carry, Context, Halt, Output, Rows, State, Update, Verdict, partial
+from loopaware.tokens import Tokens
 
 __all__ = [
     "Coordinates",
@@ -49,7 +51,6 @@ __all__ = [
     "tied_block",
 ]
 
-Waves = Callable[[Any], Tensor]
 Signal = Callable[..., Tensor]
 
 
@@ -74,76 +75,6 @@ def tied_block(
     )
 
 
-class Coordinates(nn.Module):
-    """Tell each token where and when it is: H + positions(i) + steps(t).
-
-    With two `nn.Sinusoidal(dim)` it is the paper's P^t. With a shift the positions of a sequence start, in training, up
-    to so much later, drawn once for a run: longer sequences then hold no new positions. (tensor2tensor draws one start
-    for the batch, anew at every step.) A rule in `halt.Before` is told positions without the shift.
-
-    Args:
-        positions: (T) or (B, T) long -> (..., dim); None tells none.
-        steps: int -> (dim); None tells none.
-        first: number of the first position and step: 1 in the paper, 0 in tensor2tensor.
-        shift: the latest start.
-
-    Shapes: state (B, T, dim), start (B) long -> (B, T, dim).
-
-    Raises:
-        ValueError: first or shift is negative.
-
-    >>> Coordinates(steps=HalvedWaves(2))(torch.zeros(1, 1, 2), 0)
-    tensor([[[0.8415, 0.5403]]])
-    """
-
-    def __init__(self, positions: Waves | None = None, steps: Waves | None = None, first: int = 1, shift: int = 0):
-        super().__init__()
-        self.positions = positions
-        self.steps = steps
-        self.first = bounded("first", first, "The paper counts from 1, tensor2tensor from 0.", least=0)
-        self.shift = bounded("shift", shift, "0 lets positions start where they are.", least=0)
-
-    def forward(self, state: Tensor, index: int, start: Tensor | None = None) -> Tensor:
-        told = state
-        if self.positions is not None:
-            at = torch.arange(self.first, self.first + state.shape[-2], device=state.device)
-            told = told + self.positions(at if start is None else at + start[:, None]).to(state)
-        return told if self.steps is None else told + self.steps(self.first + index).to(state)
-
-
-class HalvedWaves(nn.Module):
-    """tensor2tensor's waves, sines first: PE(p, k) = sin(p r_k), PE(p, n + k) = cos(p r_k), r_k = 10000^(-k / (n - 1)).
-
-    Shapes: positions (...) long, or an int -> (..., dim), dim = 2 n.
-
-    Raises:
-        ValueError: dim is odd or below 2.
-
-    >>> HalvedWaves(4)(1)
-    tensor([8.4147e-01, 1.0000e-04, 5.4030e-01, 1.0000e+00])
-    """
-
-    def __init__(self, dim: int):
-        super().__init__()
-        half = dim // 2
-        self.waves = Sinusoidal(dim, 10000.0 ** (half / max(half - 1, 1)))
-
-    def forward(self, positions: int | Tensor) -> Tensor:
-        waves = self.waves(positions)
-        return torch.cat([waves[..., ::2], waves[..., 1::2]], -1)
-
-
-def tensor2tensor_signal(dim: int, steps: int, shift: int = 0) -> Coordinates:
-    """tensor2tensor's default: halved waves for positions, a learned vector, N(0, 1), for each of so many steps.
-
-    >>> tensor2tensor_signal(4, steps=3).first
-    0
-    """
-    learned = LearnedPositions(steps, dim)
-    nn.init.normal_(learned.table)
-    return Coordinates(HalvedWaves(dim), learned, first=0, shift=shift)
-
-
 class Step(nn.Module):
     """One step, as a body: proposal = block(H + P^t)."""
 
@@ -160,6 +91,19 @@ class Step(nn.Module):
 
     def forward(self, state: Tensor, context: Context, index: int) -> State:
         return self.block(self.told(state, context, index), context, index)
+
+    @property
+    def partial(self) -> bool:
+        """Whether the block can run for some tokens; the signal is told to all."""
+        return partial(self.block)
+
+    def some(self, state: Tensor, context: Context, index: int, tokens: Tokens, held: Any) -> tuple[Tensor, Any]:
+        """`forward` of some tokens. Keys are held where the signal of a token that has stopped is known to stay."""
+        assert partial(self.block)
+        told, signal = self.told(state, context, index), self.signal
+        if signal is None or (isinstance(signal, Coordinates) and signal.steps is None):
+            return self.block.some(told, context, index, tokens, held)
+        return self.block.some(told, context, index, tokens.afresh, None)[0], None
 
 
 def tokenwise(step: Step, max_steps: int, halt: Halt | None, update: Update | None) -> Loop:

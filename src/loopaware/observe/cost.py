@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from loopaware import execute, tree
@@ -55,7 +56,9 @@ class Cost(NamedTuple):
     def spent(self, *runs: Ran) -> float:
         """Operations of runs as `execute.Compacted` reports them, stopped rows that were carried along included.
 
-        Keys and values of rows that have just stopped are not: they are made once more.
+        Exact where sequences stop. Where tokens do, it leaves out what is computed for stopped ones all the same: their
+        keys and values (once, or at every step where a signal moves them), all but the last body of a stack, and
+        queries that pad a sequence to the fullest; about 6 % for a block on 16 sequences of 128 tokens.
         """
         alone = sum(self.body * sum(ran.body) + (self.update + self.halt) * sum(ran.rest) for ran in runs)
         return alone / self.rows
@@ -148,19 +151,23 @@ def counted(function: Any, *arguments: Any) -> tuple[int, Any]:
     return counter.get_total_flops(), result
 
 
-class Attended(TorchDispatchMode):
-    """Operations of attention while it is entered, and the bytes of its keys and values."""
+class Attended(TorchFunctionMode):
+    """Operations of attention while it is entered, and the bytes of its keys and values.
+
+    Calls are seen before a kernel is chosen for them: a learned bias takes one that is made of plain matrix products.
+    """
 
     def __init__(self):
         super().__init__()
         self.operations = self.bytes = 0
 
-    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if "scaled_dot_product" in operation.name():
-            query, key, value = arguments[:3]
+    def __torch_function__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), arguments, strict=False)) | (options or {})
+            query, key, value = named["query"], named["key"], named["value"]
             self.operations += _attended(query.shape, key.shape, value.shape)
             self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in (key, value))
-        return operation(*arguments, **(options or {}))
+        return function(*arguments, **(options or {}))
 
 
 def _attended(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -95,4 +95,9 @@ BENCHMARKS = {
         "Leaving out tokens that have stopped, against masking them and a fixed depth: time next to operations.",
         "4 minutes",
     ),
+    "overhead": Recipe(
+        "loopaware.recipes.overhead:run",
+        "A block against its matrix products alone, and a loop against the same steps in bare Python.",
+        "1 minute",
+    ),
 }

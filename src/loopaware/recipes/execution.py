@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loopaware import Loop, execute, files, halt
 from loopaware.checks import bounded
@@ -26,6 +26,7 @@ from loopaware.nn import Block, Post
 from loopaware.observe import Report
 from loopaware.observe.cost import counted
 from loopaware.observe.figures import figure
+from loopaware.recipes.execution_baselines import masked_act
 from loopaware.recipes.shared import apart, show
 from loopaware.train.progress import Progress, within
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 EQUAL = 1e-3
 """The relative error of values and gradients above which nothing is reported (float32)."""
 
-DENSE, MASKED, COMPACTED = "fixed depth", "masked", "compacted"
+DENSE, MASKED, ACT, COMPACTED = "fixed depth", "masked", "masked ACT", "compacted"
 FORWARD, TRAINING = "forward", "forward and backward"
 
 
@@ -113,7 +114,8 @@ def measured(dim: int, batch: int, heads: int, ends: Tensor, steps: int, repeats
     x = torch.randn(batch, ends.shape[1], dim)
     dense = Loop(Block(dim, heads, placement=Post()), steps, rows=2, halt=halt.Never())
     masked = dense.replace(halt=Written(ends))
-    loops = {DENSE: dense, MASKED: masked, COMPACTED: masked.replace(execute=execute.Compacted())}
+    loops: dict[str, nn.Module] = {DENSE: dense, MASKED: masked, ACT: masked_act(dense, x, ends)}
+    loops[COMPACTED] = masked.replace(execute=execute.Compacted())
     error = unequal(passed(loops[COMPACTED], x), passed(masked, x))
     if error > EQUAL:
         raise ValueError(
@@ -137,12 +139,12 @@ def measured(dim: int, batch: int, heads: int, ends: Tensor, steps: int, repeats
     return lines
 
 
-def forward(loop: Loop, x: Tensor) -> None:
+def forward(loop: nn.Module, x: Tensor) -> None:
     with torch.no_grad():
         loop(x)
 
 
-def passed(loop: Loop, x: Tensor) -> list[Tensor]:
+def passed(loop: nn.Module, x: Tensor) -> list[Tensor]:
     """Forward and backward: the value, and the gradients of all weights."""
     value = loop(x).value
     direction = torch.linspace(-1, 1, value.numel()).view_as(value)
@@ -157,7 +159,8 @@ def unequal(own: list[Tensor], expected: list[Tensor]) -> float:
 
 def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     """Columns, and a line for each shape and pass."""
-    columns = ["d", "batch", "passes", "fixed depth, ms", "masked", "compacted", "operations", "time over operations"]
+    ways = ["fixed depth, ms", "masked", "masked ACT", "compacted"]
+    columns = ["d", "batch", "passes", *ways, "operations", "time over operations"]
     rows = [
         [
             str(line.dim),
@@ -165,6 +168,7 @@ def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
             line.passes,
             f"{line.seconds[DENSE] * 1e3:.1f}",
             f"{line.seconds[MASKED] / line.seconds[DENSE]:.3f}",
+            f"{line.seconds[ACT] / line.seconds[DENSE]:.3f}",
             f"{line.ratio:.3f}",
             f"{line.operations:.3f}",
             f"{line.over:.2f}",
@@ -179,7 +183,8 @@ def report(lines: list[Line], plan: dict[str, Any]) -> Report:
     page.text(
         f"One transformer block, {plan['tokens']} tokens to a sequence, in float32. Every token stops by itself, after "
         f"{plan['mean']:g} of {plan['steps']} steps on average, at steps written down before. Fixed depth runs all "
-        "steps for all tokens; masked keeps stopped tokens as they are and computes for them all the same; compacted "
+        "steps for all tokens; masked keeps stopped tokens as they are and computes for them all the same; masked ACT "
+        "is a while-loop with halting chances, as it is commonly written, which halts at the same steps; compacted "
         "is execute.Compacted as it comes, which leaves a step as it is where leaving tokens out would not pay."
     )
     page.table(*table(lines), caption=CAPTION.format(**plan))
@@ -191,7 +196,7 @@ def report(lines: list[Line], plan: dict[str, Any]) -> Report:
     return page
 
 
-CAPTION = """Masked, compacted: medians of {repeats} runs or more in turns over that of a fixed depth, {threads} \
+CAPTION = """Masked to compacted: medians of {repeats} runs or more in turns over that of a fixed depth, {threads} \
 thread(s). Operations: those that the compacted forward pass executed over those of a fixed depth, counted by PyTorch; \
 keys and values of stopped tokens and empty places in attention are included. A ratio below the operations is possible \
 only where less memory is moved too."""
