@@ -14,7 +14,7 @@ from loopaware.loop import Loop
 from loopaware.protocols import Carry, Output, Rows, Status, Verdict
 
 if TYPE_CHECKING:
-    from loopaware import models, observe, recipes, tasks, testing, train
+    from loopaware import models, observe, recipes, serve, tasks, testing, train
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ __all__ = [
     "observe",
     "readout",
     "recipes",
+    "serve",
     "solve",
     "tasks",
     "testing",
@@ -43,7 +44,7 @@ __all__ = [
     "update",
 ]
 
-_LATER = ("models", "observe", "recipes", "tasks", "testing", "train")
+_LATER = ("models", "observe", "recipes", "serve", "tasks", "testing", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -100,4 +100,10 @@ BENCHMARKS = {
         "A block against its matrix products alone, and a loop against the same steps in bare Python.",
         "1 minute",
     ),
+    "batching": Recipe(
+        "loopaware.recipes.batching:run",
+        "Requests of mixed difficulty in batches: in order, by length, by predicted and by true depth, masked, "
+        "selective and continuous, in sequences per second.",
+        "4 minutes",
+    ),
 }
