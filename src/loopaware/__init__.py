@@ -9,12 +9,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from loopaware import body, execute, grad, halt, init, nn, readout, solve, tree, update
+from loopaware import body, execute, grad, halt, hub, init, nn, readout, solve, tree, update
 from loopaware.loop import Loop
 from loopaware.protocols import Carry, Output, Rows, Status, Verdict
 
 if TYPE_CHECKING:
-    from loopaware import models, observe, recipes, serve, tasks, testing, train
+    from loopaware import lm, models, observe, recipes, serve, tasks, testing, train
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "grad",
     "halt",
     "init",
+    "lm",
     "models",
     "nn",
     "observe",
@@ -44,7 +45,9 @@ __all__ = [
     "update",
 ]
 
-_LATER = ("models", "observe", "recipes", "serve", "tasks", "testing", "train")
+hub.watch()
+
+_LATER = ("lm", "models", "observe", "recipes", "serve", "tasks", "testing", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -70,7 +70,8 @@ PER_SEQUENCE = ("x", "mask", "memory", "memory_mask")
 def among(index: Tensor, context: Any, batch: int, shared: tuple[str, ...] | None = None, name: str = "x") -> Any:
     """The context of some sequences: what leads with the batch is gathered, everything else is shared by all.
 
-    `shared` names the entries of mappings that lead with the batch by chance; given, even empty, it is believed.
+    `shared` names the entries of mappings that lead with the batch by chance; given, even empty, it is believed. A
+    thing with a method `among(index)` is asked for its own part.
 
     Shapes: index (k); tensors (batch, ...) -> (k, ...), others as they are.
 
@@ -92,9 +93,12 @@ def among(index: Tensor, context: Any, batch: int, shared: tuple[str, ...] | Non
     if not isinstance(context, Tensor):
         if context is None or isinstance(context, bool | int | float | str):
             return context
+        if callable(getattr(context, "among", None)):
+            return context.among(index)
         raise TypeError(
             f"a context must be made of tensors, tuples and mappings where sequences leave the batch, got "
-            f"{type(context).__name__} in {name!r}. Pass a mapping, or take execute.Eager()."
+            f"{type(context).__name__} in {name!r}. Pass a mapping, give it a method `among(index)`, or take "
+            "execute.Eager()."
         )
     if batch == 1 or context.ndim == 0 or context.shape[0] != batch:
         return context

@@ -233,8 +233,13 @@ class Switched(nn.Module):
                 "rule.requires_grad_(False)."
             )
 
+    @property
+    def now(self) -> Halt:
+        """The rule of the mode it is in."""
+        return self.rules[self.training]
+
     def start(self, state: State, rows: Rows) -> Memory:
-        return self.training, self.rules[self.training].start(state, rows)
+        return self.training, self.now.start(state, rows)
 
     def forward(self, old: State, new: State, memory: Memory, index: int) -> tuple[Verdict, Memory]:
         began, inner = memory
