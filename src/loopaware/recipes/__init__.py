@@ -71,6 +71,12 @@ RECIPES = {
         "nineteen of twenty, plain layers of equal CPU time three of four; each puzzle stops by itself, in tests too.",
         "7 minutes",
     ),
+    "text": Recipe(
+        "loopaware.recipes.text:run",
+        "A small language model with a loop against plain ones of equal parameters and of equal operations; loops "
+        "swept beyond those of training, and bytes that leave early.",
+        "4 minutes",
+    ),
     "reactions": Recipe(
         "loopaware.recipes.reactions:run",
         "A pretrained looped ALBERT reads real chemical reactions: accuracy by loops, and what each training-free "

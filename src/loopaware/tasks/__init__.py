@@ -4,6 +4,6 @@ In: sizes and a generator of random numbers. Out: named tuples of tensors. Delib
 training (`loopaware.train`, `loopaware.recipes`).
 """
 
-from loopaware.tasks import bits, graphs, pointers, strings, sudoku
+from loopaware.tasks import bits, graphs, pointers, strings, sudoku, text
 
-__all__ = ["bits", "graphs", "pointers", "strings", "sudoku"]
+__all__ = ["bits", "graphs", "pointers", "strings", "sudoku", "text"]
