@@ -45,6 +45,15 @@ class Mixer(nn.Module):
         return torch.tanh(self.linear(state + state.mean(1, keepdim=True)))
 
 
+def relaxed() -> nn.Module:
+    """A body whose first three steps differ from each other."""
+    block = body.Called(Mixer())
+    variants = blocks.LowRank(block, count=3, rank=2)
+    for weight in variants.left.values():
+        nn.init.normal_(weight, std=0.02)
+    return body.Relaxed(block, variants)
+
+
 def switched() -> nn.Module:
     """A rule that is taught on all steps of training, and stops rows in evaluation."""
     rule = halt.Linear(DIM, bias=0.1)
@@ -67,6 +76,7 @@ PARTS = [
     Part("body", "Timed", lambda: body.Timed(body.Called(Mixer()), lambda index: torch.ones(DIM) * index)),
     Part("body", "Stack", lambda: body.Stack(body.Called(Mixer()), body.Called(Mixer()))),
     Part("body", "Called", lambda: body.Called(Mixer())),
+    Part("body", "Relaxed", relaxed),
     Part("body", "Surrogate", lambda: body.Surrogate(body.Called(torch.sin), body.Called(Mixer()))),
     Part("body", "Coupled", lambda: body.Coupled(half(), half())),
     Part("update", "Replace", update.Replace),

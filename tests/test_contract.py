@@ -41,13 +41,14 @@ def some(slot: str):
     return pytest.mark.parametrize("part", [part for part in PARTS if part.slot == slot], ids=str)
 
 
-# What is exported by `nn` and acts on no state by itself: its tests are in test_nn.py and test_stability.py, with the
-# equations.
+# What is exported by `nn` and acts on no state by itself: its tests are in test_nn.py, test_stability.py and
+# test_convert.py, with the equations.
 BESIDE = {
     "AttentionPositions",
     "Relative",
     "Rotary",
     "LearnedPositions",
+    "LowRank",
     "Sinusoidal",
     "adjacency",
     "causal",

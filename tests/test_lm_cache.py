@@ -248,6 +248,10 @@ def test_rows_that_are_left_are_views_where_they_stand_together(tokens):
     assert beside.chosen(whole).data_ptr() == whole[1:].data_ptr() and apart.span is None
     assert torch.equal(apart.chosen(whole), whole[[0, 2]])
     assert beside.among(torch.tensor([1])).rows.tolist() == [2]
+    copies = [apart.chosen(whole, "keys").data_ptr() for _ in range(2)]
+    assert copies[0] == copies[1] == cache.spare["keys"].data_ptr(), "one buffer serves all steps"
+    with torch.enable_grad():
+        assert apart.chosen(whole, "keys").data_ptr() != copies[0], "a graph may hold what it has seen"
 
 
 @torch.no_grad()

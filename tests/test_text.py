@@ -12,7 +12,7 @@ from loopaware.recipes.text_report import FEW, KL, LOOPED, MANY, NARROW, UNIFORM
 from loopaware.tasks import text
 
 TINY = {"steps": 12, "seeds": (0, 1), "batch": 2, "length": 17, "deepest": 5, "low": 2, "high": 4}
-SMALL = {"dim": 8, "heads": 2, "narrow": 4, "count": 3, "exits": 2}
+SMALL = {"dim": 8, "heads": 2, "count": 3, "exits": 2}
 
 
 def test_no_paragraph_that_was_learned_is_held_out():

@@ -14,7 +14,7 @@ from loopaware.loop import Loop
 from loopaware.protocols import Carry, Output, Rows, Status, Verdict
 
 if TYPE_CHECKING:
-    from loopaware import lm, models, observe, recipes, serve, tasks, testing, train
+    from loopaware import convert, lm, models, observe, recipes, serve, tasks, testing, train
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "Status",
     "Verdict",
     "body",
+    "convert",
     "execute",
     "grad",
     "halt",
@@ -47,7 +48,7 @@ __all__ = [
 
 hub.watch()
 
-_LATER = ("lm", "models", "observe", "recipes", "serve", "tasks", "testing", "train")
+_LATER = ("convert", "lm", "models", "observe", "recipes", "serve", "tasks", "testing", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -18,11 +18,15 @@ FORMATS = {
     "looped": ("looped_config", "LoopedConfig", "looped_lm", "LoopedForCausalLM"),
     "huginn_raven": ("huginn_config", "HuginnConfig", "huginn", "HuginnForCausalLM"),
     "ouro": ("ouro_config", "OuroConfig", "ouro", "OuroForCausalLM"),
+    "relaxed": ("relaxed_config", "RelaxedConfig", "relaxed_lm", "RelaxedForCausalLM"),
 }
 """By `model_type`, the files in `loopaware.models` and the classes of config and causal model.
 
 A config has a file of its own that needs none of transformers' models: it is entered while those are not yet loaded.
 """
+
+ENCODERS = {"AutoModel": "LoopedEncoder", "AutoModelForMaskedLM": "LoopedForMaskedLM"}
+"""Models in `looped_encoder` with the config of `looped`, by the Auto class that finds them."""
 
 TABLES = ("transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto")
 
@@ -35,6 +39,9 @@ def enter(table: ModuleType) -> None:
                 table.AutoConfig.register(kind, ours, exist_ok=True)
         elif hasattr(table, "AutoModelForCausalLM") and (whole := named(model_file, model)):
             table.AutoModelForCausalLM.register(whole.config_class, whole, exist_ok=True)
+    for auto, model in ENCODERS.items():
+        if hasattr(table, auto) and (whole := named("looped_encoder", model)):
+            getattr(table, auto).register(whole.config_class, whole, exist_ok=True)
 
 
 def named(file: str, name: str) -> Any:

@@ -6,7 +6,7 @@ linear system is an operator (`loopaware.body.operators`). Deliberately elsewher
 (`loopaware.nn`), how a proposal is taken (`loopaware.update`), when a solution is good enough (`halt.Below`).
 """
 
-from loopaware.body.combine import Called, Injected, Stack, Surrogate, Timed
+from loopaware.body.combine import Called, Injected, Relaxed, Stack, Surrogate, Timed
 from loopaware.body.coupled import Coupled
 from loopaware.body.iterate import Iterate
 from loopaware.body.linear import SOR, ConjugateGradient, Corrected, GaussSeidel, Jacobi, Richardson
@@ -24,6 +24,7 @@ __all__ = [
     "Iterate",
     "Jacobi",
     "Newton",
+    "Relaxed",
     "Richardson",
     "Stack",
     "Surrogate",

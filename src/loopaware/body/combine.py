@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from loopaware import tree
 from loopaware.checks import shown
 from loopaware.protocols import Body, Context, State, partial
 from loopaware.tokens import Tokens
 
-__all__ = ["Called", "Injected", "Stack", "Surrogate", "Timed"]
+__all__ = ["Called", "Injected", "Relaxed", "Stack", "Surrogate", "Timed"]
 
 
 class Injected(nn.Module):
@@ -114,6 +115,39 @@ class Timed(nn.Module):
         assert partial(self.block)
         state = state + self.signal(index).to(state)
         return self.block.some(state, context, index, tokens.afresh, None)[0], None
+
+
+class Relaxed(nn.Module):
+    """Let the weights of each step differ a little: proposal = block(h; W_t), W_t = variants(t, W).
+
+    Use it where a loop takes the place of layers that were not shared: the differences give back what sharing took. Not
+    where a fixed point is wanted, since steps differ.
+
+    Args:
+        block: a module that is a body.
+        variants: `(index, weights) -> weights` by the names of the block's parameters, for example
+            `nn.LowRank(block, count, rank)`.
+
+    Shapes: as the block's.
+
+    References: S. Bae et al., "Relaxed Recursive Transformers: Effective Parameter Sharing with Layer-wise LoRA", 2024,
+    arXiv 2410.20672.
+
+    >>> import torch
+    >>> block = Called(nn.Linear(2, 2))
+    >>> body = Relaxed(block, lambda index, weights: {name: index * weight for name, weight in weights.items()})
+    >>> body(torch.ones(1, 2), None, 0)
+    tensor([[0., 0.]], grad_fn=<AddmmBackward0>)
+    """
+
+    def __init__(self, block: nn.Module, variants: Callable[[int, Mapping[str, Tensor]], Mapping[str, Tensor]]):
+        super().__init__()
+        self.block = block
+        self.variants = variants
+
+    def forward(self, state: State, context: Context, index: int) -> State:
+        weights = self.variants(index, dict(self.block.named_parameters()))
+        return functional_call(self.block, dict(weights), (state, context, index))
 
 
 class Stack(nn.Module):

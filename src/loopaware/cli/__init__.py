@@ -1,7 +1,7 @@
 """The command line: the one place where strings become objects.
 
-In: words typed by a person. Out: a recipe that runs, or one clear error. Deliberately elsewhere: what recipes do
-(`loopaware.recipes`), whose functions' arguments are the options.
+In: words typed by a person. Out: a recipe that runs, a model that is converted, or one clear error. Deliberately
+elsewhere: what recipes do (`loopaware.recipes`), whose functions' arguments are the options, and `loopaware.convert`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from cyclopts import App
 
 from loopaware import __version__
 from loopaware.cli.bench import app as bench
+from loopaware.cli.convert import app as convert
 from loopaware.cli.recipes import app as recipes
 from loopaware.cli.run import app as run
 
@@ -25,6 +26,7 @@ app = App(
 app.command(recipes)
 app.command(run)
 app.command(bench)
+app.command(convert)
 
 EXPECTED = (ValueError, TypeError, OSError, FloatingPointError, ImportError)
 

@@ -6,12 +6,13 @@ knows the step, and which rows are in the batch and alive. Deliberately elsewher
 (`loopaware.lm.policies`).
 
 Buffers grow by a quarter, so that reading is a view and a new token costs no copy of the past. Rows that are left when
-others have stopped are read without a copy where they stand side by side; else each step copies the rows it reads,
-once, which is what attention moves anyway.
+others have stopped are read without a copy where they stand side by side; else each step copies what it is about to
+read into one buffer that all layers and steps share.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -132,7 +133,7 @@ class View:
         if step is None or self.policy.writes(step):
             slot.put(run.start, self.kept(slot, earlier, (key_states, value_states)))
         keys, values = slot.part(0, run.end)
-        return self.chosen(keys), self.chosen(values)
+        return self.chosen(keys, "keys"), self.chosen(values, "values")
 
     def kept(self, slot: Slot, earlier: Slot | None, new: Pair) -> Pair:
         """The new tokens' keys and values in all rows: who is not stepped keeps those of the step before."""
@@ -156,11 +157,15 @@ class View:
             new = torch.where(alive, new, self.chosen(old))
         return new if self.rows is None else old.index_copy(0, self.rows, new)
 
-    def chosen(self, whole: Tensor) -> Tensor:
-        """The rows at hand."""
+    def chosen(self, whole: Tensor, spare: str | None = None) -> Tensor:
+        """The rows at hand: in place, or copied, into the spare buffer that is named where no graph may hold it."""
         if self.rows is None:
             return whole
-        return whole.index_select(0, self.rows) if self.span is None else whole.narrow(0, *self.span)
+        if self.span is not None:
+            return whole.narrow(0, *self.span)
+        if spare is None or torch.is_grad_enabled():
+            return whole.index_select(0, self.rows)
+        return self.cache.copied(whole, self.rows, spare)
 
 
 class LoopCache(transformers.Cache):
@@ -186,6 +191,7 @@ class LoopCache(transformers.Cache):
         self.once: dict[int, Slot] = {}
         self.looped: dict[int, list[Slot]] = {}
         self.taken: list[Tensor] = []
+        self.spare: dict[str, Tensor] = {}
         self.length = self.depth = self.ran = self.batch = 0
 
     def view(self, count: int, batch: int) -> View:
@@ -237,6 +243,15 @@ class LoopCache(transformers.Cache):
         """How many steps each token took; None before the first. Shapes: -> (B, T) long."""
         self.taken = [torch.cat(self.taken, 1)] if self.taken else []
         return self.taken[0] if self.taken else None
+
+    def copied(self, whole: Tensor, rows: Tensor, spare: str) -> Tensor:
+        """Some rows, good until others are asked for under this name; new memory each time is ten times dearer."""
+        shape = (len(rows), *whole.shape[1:])
+        need = math.prod(shape)
+        held = self.spare.get(spare)
+        if held is None or held.numel() < need or held.dtype != whole.dtype or held.device != whole.device:
+            held = self.spare[spare] = whole.new_empty(need + need // 4)
+        return torch.index_select(whole, 0, rows, out=held[:need].view(shape))
 
     def filled(self) -> list[Slot]:
         """All slots that hold something."""

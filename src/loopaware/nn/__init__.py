@@ -8,6 +8,7 @@ from loopaware.nn.attention import Attention, AttentionPositions, Relative, Rota
 from loopaware.nn.block import Block
 from loopaware.nn.feedforward import FeedForward, SwiGLU
 from loopaware.nn.fusion import Add, Concat, CrossAttention, Diagonal, Gated
+from loopaware.nn.lowrank import LowRank
 from loopaware.nn.norms import LayerNorm, Placement, Post, Pre, Residual, RMSNorm, Sandwich
 from loopaware.nn.positions import LearnedPositions, Sinusoidal
 from loopaware.nn.spectral import held, spectral_norm
@@ -24,6 +25,7 @@ __all__ = [
     "Gated",
     "LayerNorm",
     "LearnedPositions",
+    "LowRank",
     "Placement",
     "Post",
     "Pre",

@@ -77,6 +77,12 @@ RECIPES = {
         "swept beyond those of training, and bytes that leave early.",
         "4 minutes",
     ),
+    "retrofit": Recipe(
+        "loopaware.recipes.retrofit:run",
+        "A small pretrained Llama is given a loop and healed: loss against loops, beside the original fine-tuned for "
+        "as long, and beside its layers tied with and without LoRA.",
+        "6 minutes",
+    ),
     "reactions": Recipe(
         "loopaware.recipes.reactions:run",
         "A pretrained looped ALBERT reads real chemical reactions: accuracy by loops, and what each training-free "

@@ -49,26 +49,34 @@ THRESHOLDS = {
 """Of the exit curve: in nats, in nats, and probabilities."""
 
 
-class Plan(NamedTuple):
-    """How nets are made and trained. One loop in the share `alone` of the steps, then `low` to `high`, all alike."""
+HELD_OUT = 0.1
+"""The share of the text that nets are tested on, its end."""
 
-    dim: int
-    heads: int
-    prelude: int
-    core: int
-    coda: int
-    low: int
-    high: int
-    alone: float
-    injection: str
-    few: int
-    many: int
-    narrow: int
-    deep: int
-    steps: int
-    batch: int
-    length: int
-    rate: float
+
+class Plan(NamedTuple):
+    """How nets are made and trained. One loop in the share `alone` of the steps, then `low` to `high`, all alike.
+
+    Plain nets have `few` layers for as many parameters as the looped one, `many` for as many operations, and `deep` of
+    `narrow` features for as many parameters in another shape.
+    """
+
+    dim: int = 64
+    heads: int = 4
+    low: int = 2
+    high: int = 6
+    steps: int = 500
+    batch: int = 16
+    length: int = 64
+    rate: float = 4e-3
+    prelude: int = 0
+    core: int = 1
+    coda: int = 0
+    alone: float = 0.3
+    injection: str = "add"
+    few: int = 1
+    many: int = 3
+    narrow: int = 40
+    deep: int = 3
 
     @property
     def loops(self) -> int:
@@ -97,20 +105,10 @@ def run(
     length: int = 64,
     dim: int = 64,
     heads: int = 4,
-    prelude: int = 0,
-    core: int = 1,
-    coda: int = 0,
     low: int = 2,
     high: int = 6,
-    alone: float = 0.3,
     deepest: int = 12,
-    injection: str = "add",
-    few: int = 1,
-    many: int = 3,
-    narrow: int = 40,
-    deep: int = 3,
     rate: float = 4e-3,
-    share: float = 0.1,
     count: int = 1000,
     exits: int = 128,
     threads: int = 1,
@@ -125,20 +123,10 @@ def run(
         length: bytes of a piece.
         dim: features of a byte's state; heads of attention must divide it.
         heads: of attention.
-        prelude: layers before the loop.
-        core: layers in it.
-        coda: layers behind it.
         low: the fewest loops in training.
         high: the most; the mean of both is run in evaluation.
-        alone: share of the steps, the first ones, in which the core runs once, as in a plain net.
         deepest: loops at the end of the sweep.
-        injection: how the text enters every loop: none, add, concat, gated or diagonal.
-        few: layers of the plain net that shall have as many parameters as the looped one.
-        many: layers of the plain net that shall take as many operations.
-        narrow: features in the plain net that has as many parameters in more layers; heads must divide it.
-        deep: its layers.
         rate: learning rate, which falls to a twentieth along half a wave.
-        share: of the text that is held out.
         count: held-out pieces that nets are tested on, at most.
         exits: held-out pieces for the exit curve, at most, spread over all of them.
         threads: processor threads that PyTorch may use; nets this small gain nothing from more than one.
@@ -146,26 +134,8 @@ def run(
     bounded("seeds", len(seeds), "Name at least one seed.")
     bounded("high", high, "Swap low and high.", least=bounded("low", low, "A loop runs once at least."))
     torch.set_num_threads(bounded("threads", threads, "Use at least one thread."))
-    plan = Plan(
-        dim,
-        heads,
-        prelude,
-        core,
-        coda,
-        low,
-        high,
-        alone,
-        injection,
-        few,
-        many,
-        narrow,
-        deep,
-        steps,
-        batch,
-        length,
-        rate,
-    )
-    source = text.topics(share)
+    plan = Plan(dim, heads, low, high, steps, batch, length, rate)
+    source = text.topics(HELD_OUT)
     pieces = text.pieces(source, length)[: bounded("count", count, "Test on at least one piece.")]
     apart = max(1, len(pieces) // bounded("exits", exits, "Draw the curve from at least one piece."))
     exit_pieces = pieces[::apart][:exits]
