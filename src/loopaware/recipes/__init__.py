@@ -118,4 +118,9 @@ BENCHMARKS = {
         "selective and continuous, in sequences per second.",
         "4 minutes",
     ),
+    "speculative": Recipe(
+        "loopaware.recipes.speculative:run",
+        "Drafts by few steps of a looped language model, verified by all, against plain decoding: what is kept, time.",
+        "4 minutes",
+    ),
 }

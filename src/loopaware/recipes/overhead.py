@@ -182,10 +182,15 @@ def measured_driver(dim: int, batch: int, tokens: int, heads: int, steps: int, r
     return lines
 
 
-def square(repeats: int) -> float:
-    """Operations of a large square product in a second, in billions."""
+@torch.no_grad()
+def square(repeats: int) -> dict[str, float]:
+    """GFLOP/s of a large square product: as PyTorch runs it, and by oneDNN, which it takes for such only when asked."""
     side, out = torch.randn(SIDE, SIDE), torch.empty(SIDE, SIDE)
-    return 2e-9 * SIDE**3 / in_turns({PRODUCTS: lambda: torch.mm(side, side, out=out)}, repeats)[PRODUCTS]
+    ways = {"PyTorch": lambda: torch.mm(side, side, out=out)}
+    if torch.backends.mkldnn.is_available():
+        other = side.to_mkldnn()
+        ways["oneDNN"] = lambda: torch.nn.functional.linear(other, other)
+    return {name: 2e-9 * SIDE**3 / seconds for name, seconds in in_turns(ways, repeats).items()}
 
 
 def often(repeats: int, x: Tensor) -> int:

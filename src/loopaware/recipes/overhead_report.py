@@ -36,15 +36,15 @@ def table_of_bodies(lines: list[Body]) -> Table:
 
 
 def table_of_kinds(lines: list[Body]) -> Table:
-    """A line for each width and pass: the share of the body's time that each kind of kernel takes."""
-    kinds = list(lines[0].kinds)
+    """A line for each width and pass: the share of each kind of kernel in the time of the body."""
+    kinds = list(shares(lines[0]))
     rows = [[str(line.dim), line.passes, *(f"{share:.3f}" for share in shares(line).values())] for line in lines]
-    return ["d", "passes", *kinds, "between kernels"], rows
+    return ["d", "passes", *kinds], rows
 
 
 def shares(line: Body) -> dict[str, float]:
-    """Of the time of the body; what is left over is spent between kernels."""
-    whole = line.seconds["body"]
+    """Of the time of a run that is watched kernel by kernel; what is left over is spent between kernels."""
+    whole = line.seconds["watched"]
     found = {name: seconds / whole for name, seconds in line.kinds.items()}
     return {**found, "between kernels": 1 - sum(found.values())}
 
@@ -75,7 +75,8 @@ def report(bodies: list[Body], drivers: list[Driver], plan: dict[str, Any]) -> R
         "results that were allocated before: their time over that of the block is the block's share of what this "
         "machine makes of these products."
     )
-    page.table(*table_of_bodies(bodies), caption=BODIES.format(**plan))
+    large = ", ".join(f"{name} {speed:.0f}" for name, speed in plan["square"].items())
+    page.table(*table_of_bodies(bodies), caption=BODIES.format(**plan, large=large))
     page.table(*table_of_kinds(bodies), caption=KINDS.format(**plan))
     page.figure(stacked(bodies), alt="Share of each kind of kernel in a block's time, by width, forward and backward.")
     page.text(
@@ -86,13 +87,12 @@ def report(bodies: list[Body], drivers: list[Driver], plan: dict[str, Any]) -> R
     return page
 
 
-BODIES = """Products, with attention: medians of {repeats} runs or more in turns over that of the body, \
-{threads} thread(s); with one, seconds are those of the processor. A square product of 2048 rows makes {square:.0f} \
-GFLOP/s."""
+BODIES = """Products, with attention: medians of {repeats} runs or more in turns over that of the body, {threads} \
+thread(s); with one, seconds are those of the processor. A square product of 2048 rows, in GFLOP/s: {large}."""
 
-KINDS = """Time of each kind of kernel over that of the body, medians of {repeats} runs. Sums and copies: residuals, \
-gradients of biases, views; products write their biases themselves. Between kernels: Python, and what PyTorch does to \
-find a kernel."""
+KINDS = """Time of each kind of kernel in a run that is watched kernel by kernel, medians of {repeats} runs or more. \
+Sums and copies: residuals, gradients of biases, views; products write their biases themselves. Between kernels: \
+Python, what PyTorch does to find a kernel, and the watching."""
 
 DRIVERS = """Loop: medians of {repeats} runs or more in turns over that of the bare steps, {threads} thread(s); the \
 microseconds are what it adds to a step."""
@@ -104,10 +104,10 @@ def stacked(lines: list[Body]) -> Figure:
         chosen = [line for line in lines if line.passes == passes]
         below = [0.0] * len(chosen)
         for name in shares(chosen[0]):
-            heights = [max(shares(line)[name], 0.0) for line in chosen]
+            heights = [shares(line)[name] for line in chosen]
             axes.bar(range(len(chosen)), heights, 0.6, bottom=below, label=name)
             below = [one + other for one, other in zip(below, heights, strict=True)]
         axes.set_xticks(range(len(chosen)), [f"d {line.dim}" for line in chosen])
-        axes.set(title=passes, ylabel="share of the body's time", ylim=(0, 1.05))
+        axes.set(title=passes, ylabel="share of the body's time")
     made.legend(*made.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize="small")
     return made
