@@ -126,6 +126,7 @@ PARTS = [
     Part("execute", "Unrolled", execute.Unrolled),
     Part("execute", "Eager", execute.Eager),
     Part("execute", "Compacted", lambda: execute.Compacted(break_even=0)),
+    Part("execute", "Compiled", lambda: execute.Compiled(backend="eager")),
     Part("nn", "Add", blocks.Add),
     Part("nn", "Concat", lambda: blocks.Concat(DIM)),
     Part("nn", "Gated", lambda: blocks.Gated(DIM)),

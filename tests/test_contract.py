@@ -62,12 +62,13 @@ WHOLE |= {"UniversalDecoder", "UniversalEncoder", "UniversalTransformer"}
 # Solvers have a state of their own and the context of a system: the same checks, and more, in test_solvers.py.
 SOLVING = {"ConjugateGradient", "Corrected", "GaussSeidel", "GradientDescent", "Iterate", "Jacobi", "Newton"}
 SOLVING |= {"Richardson", "SOR"}
+GRAPHED = {"Graphed"}  # has no CPU; test_graphed.py
 AROUND = {"Placement", "Pre", "Post", "Sandwich", "Residual"}
 
 
 def test_every_exported_part_has_a_row():
     exported = {(slot, name) for slot in SLOTS for name in importlib.import_module(f"loopaware.{slot}").__all__}
-    exported -= {("body", name) for name in SOLVING}
+    exported -= {("body", name) for name in SOLVING} | {("execute", name) for name in GRAPHED}
     exported |= {("nn", name) for name in set(importlib.import_module("loopaware.nn").__all__) - BESIDE - AROUND}
     exported |= {("models", name) for name in set(importlib.import_module("loopaware.models").__all__) - WHOLE}
     assert exported == {(part.slot, part.name) for part in PARTS}

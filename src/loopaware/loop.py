@@ -85,8 +85,8 @@ class Loop(nn.Module):
             steps=rows.zeros(state, torch.long),
         )
 
-    def advance(self, carry: Carry, context: Context, body: Body | None = None) -> Carry:
-        """One step: every row that is alive moves on, every other stays exactly as it is. `body`: for its own."""
+    def advance(self, carry: Carry, context: Context, body: Body | None = None, fold: Readout | None = None) -> Carry:
+        """One step: each row that is alive moves on, each other stays as it is. `body`, `fold`: for the loop's own."""
         alive, body = carry.alive, self.body if body is None else body
         proposal = same_shape(body(carry.state, context, carry.index), carry.state)
         state, update = self.update(carry.state, proposal, carry.update)
@@ -99,7 +99,7 @@ class Loop(nn.Module):
             verdict = Verdict(verdict.stop & unheard, verdict.weight * unheard, verdict.score)
             halted = halted | verdict.stop
             alive = alive > halted
-        folded = self.readout.fold(carry.readout, state, verdict, carry.alive)
+        folded = (self.readout if fold is None else fold).fold(carry.readout, state, verdict, carry.alive)
         return Carry(state, update, halt, folded, carry.rows, alive, halted, steps, carry.index + 1)
 
     def forward(

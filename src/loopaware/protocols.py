@@ -160,16 +160,17 @@ class Ran(NamedTuple):
 class Advance(NamedTuple):
     """What an execution is given: one step, on all sequences of the context or on some of them.
 
-    `step(carry, context, body)` is the driver's; `body` and `readout` are the loop's, for the traits they declare.
+    `step(carry, context, body, readout)` is the driver's; `body` and `readout` are the loop's, for the traits they
+    declare, and may be replaced for a step.
     """
 
-    step: Callable[[Carry, Context, Body], Carry]
+    step: Callable[[Carry, Context, Body, Readout], Carry]
     context: Context
     body: Body
     readout: Readout
 
     def __call__(self, carry: Carry) -> Carry:
-        return self.step(carry, self.context, self.body)
+        return self.step(carry, self.context, self.body, self.readout)
 
     def among(self, index: Tensor, batch: int, shared: tuple[str, ...] | None = None) -> Advance:
         """The step of some sequences, for carries that were gathered likewise. Shapes: index (k), of `batch`."""

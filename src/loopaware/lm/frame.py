@@ -115,11 +115,11 @@ class Stepped:
         return getattr(self.inner, "gathers", False)
 
     def __call__(self, advance: Advance, carry: Carry, steps: int) -> Carry:
-        def step(carry: Carry, context: Context, body: Body) -> Carry:
+        def step(carry: Carry, context: Context, body: Body, readout: Readout) -> Carry:
             tell(context["attention"].cache, carry)
             token = CONTEXT.set(context)
             try:
-                return advance.step(carry, context, body)
+                return advance.step(carry, context, body, readout)
             finally:
                 CONTEXT.reset(token)
 

@@ -45,7 +45,7 @@ class Sinusoidal(nn.Module):
         self.register_buffer("like", torch.empty(0), persistent=False)
 
     def forward(self, positions: int | Tensor) -> Tensor:
-        at = torch.as_tensor(positions, device=self.like.device)
+        at = placed(positions, self.like.device)
         precise = torch.promote_types(self.like.dtype, torch.float32)
         exponents = torch.arange(0, self.dim, 2, device=self.like.device, dtype=precise) / self.dim
         angles = at[..., None].to(precise) * self.base**-exponents
@@ -84,8 +84,13 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.randn(count, dim) * 0.02)
 
     def forward(self, positions: int | Tensor) -> Tensor:
-        at = torch.as_tensor(positions, device=self.table.device)
+        at = placed(positions, self.table.device)
         return embedding(at.clamp(max=self.table.shape[0] - 1), self.table)
 
     def extra_repr(self) -> str:
         return f"count={self.table.shape[0]}, dim={self.table.shape[1]}"
+
+
+def placed(positions: int | Tensor, device: torch.device) -> Tensor:
+    """Positions as a tensor. Not by `as_tensor`, which compilers take for a constant: each step would be compiled."""
+    return positions.to(device) if isinstance(positions, Tensor) else torch.tensor(positions, device=device)

@@ -110,8 +110,9 @@ class Tape(dict[str, list[Trajectory]]):
 def record(model: nn.Module, states: bool = False) -> Iterator[Tape]:
     """Record every loop in `model` while the block runs.
 
-    A loop around other loops that lets rows leave its batch (`execute.Compacted`) keeps them while it is recorded, so
-    that every call of the inner loops has all rows.
+    A loop around other loops that lets rows leave its batch (`execute.Compacted`) or replays its steps
+    (`execute.Graphed`) runs as `execute.Eager` while it is recorded, so that every call of the inner loops is seen,
+    with all rows.
 
     Args:
         model: a loop, or a module with loops anywhere inside.
@@ -133,14 +134,15 @@ def record(model: nn.Module, states: bool = False) -> Iterator[Tape]:
     tape = Tape({name: [] for name in loops})
     with ExitStack() as stack:
         for name, loop in loops.items():
-            if len([None for module in loop.modules() if isinstance(module, Loop)]) > 1 and gathers(loop.execute):
+            if len([None for module in loop.modules() if isinstance(module, Loop)]) > 1 and hides(loop.execute):
                 stack.enter_context(shadow(loop, "execute", execute.Eager(loop.execute.check)))
             stack.enter_context(shadow(loop, "readout", Recorded(loop.readout, tape[name], states)))
         yield tape
 
 
-def gathers(part: Execute) -> TypeGuard[execute.Compacted]:
-    return getattr(part, "gathers", False)
+def hides(part: Execute) -> TypeGuard[execute.Compacted | execute.Graphed]:
+    """Whether calls of loops inside the body are not all seen, or not whole."""
+    return getattr(part, "gathers", False) or getattr(part, "captures", False)
 
 
 @contextmanager

@@ -123,4 +123,9 @@ BENCHMARKS = {
         "Drafts by few steps of a looped language model, verified by all, against plain decoding: what is kept, time.",
         "4 minutes",
     ),
+    "compiled": Recipe(
+        "loopaware.recipes.compiled:run",
+        "Compiling the step of a loop, or all of it: time by width and batch, and the runs that pay compiling back.",
+        "6 minutes",
+    ),
 }

@@ -1,4 +1,4 @@
-"""What several recipes do alike: optimizer groups, numbers with their spread, a table on the terminal, curves.
+"""What several recipes do alike: optimizer groups, numbers with their spread, turns that are timed, a table, curves.
 
 In: nets, numbers. Out: what the name says. Deliberately elsewhere: everything that belongs to one recipe.
 """
@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+
+from loopaware.train.progress import Progress, within
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,6 +44,51 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 def apart(one: Tensor, other: Tensor) -> float:
     """The relative error of `one`: |one - other| / |other|."""
     return float((one - other).norm() / other.norm())
+
+
+def undifferentiated(loop: Callable[[Tensor], Any], x: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
+    """The value of a loop, without gradients."""
+    with torch.no_grad():
+        return [loop(x).value]
+
+
+def differentiated(loop: Callable[[Tensor], Any], x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """The value of a loop, and the gradients of its weights."""
+    value = loop(x).value
+    direction = torch.linspace(-1, 1, value.numel()).view_as(value)
+    return [value.detach(), *torch.autograd.grad((value * direction).mean(), list(weights))]
+
+
+def unequal(own: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The relative error of values, or of all gradients in one row; the larger one."""
+    errors = [apart(own[0], expected[0])]
+    if len(own) > 1:
+        rows = [torch.cat([leaf.flatten() for leaf in each[1:]]) for each in (own, expected)]
+        errors.append(apart(rows[0], rows[1]))
+    return max(errors)
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], Any]],
+    repeats: int,
+    often: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each way, in turns, so that a noisy moment meets all of them.
+
+    With `often` above 1 a turn is so many runs after one that is not timed, and the mean counts: small runs are slower
+    right after another way, whose code and numbers are still in the processor's caches.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    turns = [name for _ in range(repeats) for name in ways]
+    for name in within(Progress(len(turns), done=0, wanted=True), turns):
+        if often > 1:
+            ways[name]()
+        begun = clock()
+        for _ in range(often):
+            ways[name]()
+        times[name].append((clock() - begun) / often)
+    return times
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
