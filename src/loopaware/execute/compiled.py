@@ -170,10 +170,10 @@ def function(advance: Advance, backend: str | Callable[..., Any]) -> Callable[..
         weakref.ref(key)
     except TypeError:  # as an instance with slots
         key = getattr(advance.step, "__self__", advance.step)
-    made = FUNCTIONS.setdefault(key, {})
+    made: dict[Any, Callable[..., tuple[Carry, Tensor]]] = FUNCTIONS.setdefault(key, {})  # pyright: ignore
     if backend not in made:
         # Draws are PyTorch's own, so that they are those of a plain run.
-        options = {"fallback_random": True} if backend == "inductor" else None
+        options: Any = {"fallback_random": True} if backend == "inductor" else None
         made[backend] = torch.compile(own(key), fullgraph=True, backend=backend, options=options)
     return made[backend]
 
