@@ -390,5 +390,6 @@ def test_inductor(dropout: float, context: torch.Tensor):
             compare(fast, plain, given)
             with torch.no_grad():
                 compare(fast, plain, given)
-    for rule in (grad.Truncated(2), grad.Checkpointed(3), grad.Implicit()):
+    # Not Implicit: where a loop does not rest, its gradient moves by 8 % with the last digits of the input.
+    for rule in (grad.Truncated(2), grad.Checkpointed(3), grad.OneStep()):
         compare(fast.replace(grad=rule), plain.replace(grad=rule), context)

@@ -170,7 +170,7 @@ def function(advance: Advance, backend: str | Callable[..., Any]) -> Callable[..
         weakref.ref(key)
     except TypeError:  # as an instance with slots
         key = getattr(advance.step, "__self__", advance.step)
-    made: dict[Any, Callable[..., tuple[Carry, Tensor]]] = FUNCTIONS.setdefault(key, {})  # pyright: ignore
+    made: dict[Any, Callable[..., tuple[Carry, Tensor]]] = FUNCTIONS.setdefault(key, {})  # pyright: ignore[reportAssignmentType]
     if backend not in made:
         # Draws are PyTorch's own, so that they are those of a plain run.
         options: Any = {"fallback_random": True} if backend == "inductor" else None

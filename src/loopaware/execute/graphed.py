@@ -266,7 +266,7 @@ def captured(rule: Graphed, advance: Advance, carry: Carry) -> Graphs:
     """The graphs of this loop for this kind of input, or room for new ones."""
     now = rule.capture, kind((advance.context, plain(carry)))
     held = noticed(advance, carry)
-    known: list[tuple[Any, Graphs]] = GRAPHS.setdefault(owner(advance), [])  # pyright: ignore
+    known: list[tuple[Any, Graphs]] = GRAPHS.setdefault(owner(advance), [])  # pyright: ignore[reportAssignmentType]
     for key, graphs in known:
         if key == now and same(graphs.held, held):
             return graphs
