@@ -25,8 +25,8 @@ from loopaware.protocols import Advance, Carry, Context, Verdict
 
 __all__ = ["Graphed"]
 
-GRAPHS = WeakIdKeyDictionary()
-"""For each loop, as long as it lives, what was captured of it."""
+SHELVES: Any = WeakIdKeyDictionary()
+"""For each loop, as long as it lives, its `Shelf`."""
 
 
 class Stepped(NamedTuple):
@@ -161,13 +161,10 @@ class Replay(NamedTuple):
 
 
 class Graphs:
-    """The captured steps of a loop for one mix of shapes, by index, and the static tensors they read and write.
+    """The captured steps of a loop for one mix of shapes, by index, and the static tensors they read and write."""
 
-    Holds no loop: a loop holds this.
-    """
-
-    def __init__(self, capture: Capture, context: Context, carry: Carry, held: list[Any]):
-        self.capture, self.held = capture, held
+    def __init__(self, capture: Capture, context: Context, carry: Carry, shelf: Shelf):
+        self.capture, self.shelf = capture, shelf
         self.context, self.carry = tree.map(torch.clone, (context, plain(carry)))
         self.used = storages((self.context, self.carry))
         self.replays: dict[int, Replay] = {}
@@ -182,7 +179,7 @@ class Graphs:
     def step(self, advance: Advance, now: Carry) -> Carry:
         if now.index not in self.replays:
             self.replays[now.index] = self.captured(advance, now.index)
-            self.held = noticed(advance, now)  # capturing runs modules, and they may count that
+            self.shelf.held = noticed(advance, now)  # capturing runs modules, and they may count that
         replay = self.replays[now.index]
         replay.again()
         self.moved = [one or other for one, other in zip(self.moved, replay.moved, strict=True)]
@@ -262,16 +259,25 @@ def kind(values: Any) -> Any:
     )
 
 
+@dataclass
+class Shelf:
+    """What was captured of one loop as it is now, by the kind of input. Holds no loop: a loop holds this."""
+
+    held: list[Any]
+    graphs: list[tuple[Any, Graphs]] = field(default_factory=list)
+
+
 def captured(rule: Graphed, advance: Advance, carry: Carry) -> Graphs:
     """The graphs of this loop for this kind of input, or room for new ones."""
-    now = rule.capture, kind((advance.context, plain(carry)))
-    held = noticed(advance, carry)
-    known: list[tuple[Any, Graphs]] = GRAPHS.setdefault(owner(advance), [])  # pyright: ignore[reportAssignmentType]
-    for key, graphs in known:
-        if key == now and same(graphs.held, held):
+    held, loop, asked = noticed(advance, carry), owner(advance), (rule.capture, kind((advance.context, plain(carry))))
+    shelf: Shelf | None = SHELVES.get(loop)
+    if shelf is None or not same(shelf.held, held):
+        SHELVES[loop] = shelf = Shelf(held)
+    for key, graphs in shelf.graphs:
+        if key == asked:
             return graphs
-    graphs = Graphs(rule.capture(), advance.context, carry, held)
-    known[:] = [*(entry for entry in known if entry[0] != now), (now, graphs)]
+    graphs = Graphs(rule.capture(), advance.context, carry, shelf)
+    shelf.graphs.append((asked, graphs))
     return graphs
 
 
@@ -285,7 +291,7 @@ def noticed(advance: Advance, carry: Carry) -> list[Any]:
     loop, device = owner(advance), carry.alive.device.type
     modules = list(loop.modules()) if isinstance(loop, nn.Module) else []
     tensors = [tensor for module in modules for tensor in (*module._parameters.values(), *module._buffers.values())]
-    values = [value for module in modules for name, value in vars(module).items() if not name.startswith("_")]
+    values = [value for module in modules for name, value in sorted(vars(module).items()) if not name.startswith("_")]
     return [
         *(tensor.data_ptr() for tensor in tensors if tensor is not None),
         *(noted(value) for value in (*modules, *values) if value is not advance.readout),

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 EQUAL = 1e-3
 """The relative error of values and gradients above which nothing is reported (float32)."""
 
-EAGER, UNROLLED, STEP, WHOLE = "Eager", "Unrolled", "Compiled", "torch.compile(loop)"
-FORWARD, TRAINING = "forward", "forward and backward"
+EAGER, UNROLLED, STEP, WHOLE = "Eager", "Unrolled", "Compiled", "whole loop"
+FORWARD, TRAINING = "forward", "and backward"
 
 
 class Line(NamedTuple):
@@ -91,19 +92,20 @@ def run(
     bounded("dims", len(dims), "Give at least one width.")
     bounded("batches", len(batches), "Give at least one batch.")
     lines = []
-    with unseen():
+    with unseen(backend):
         for dim in dims:
             for batch in batches:
                 lines += measured((batch, tokens, dim), steps, repeats, backend)
     plan = {"tokens": tokens, "steps": steps, "repeats": repeats, "threads": threads, "backend": backend}
-    plain = {"plan": plan, "lines": [line._asdict() for line in lines]}
-    files.write(folder / "results.json", json.dumps(plain, indent=1))
+    files.write(
+        folder / "results.json", json.dumps({"plan": plan, "lines": [line._asdict() for line in lines]}, indent=1)
+    )
     show(f"{steps} steps, time against execute.Eager", *table(lines))
     print(f"report: {report(lines, plan).write(folder / 'report.html')}")
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
+def unseen(backend: str) -> Iterator[None]:
     """Let nothing be found that was compiled before, and what all compilations share be made beforehand."""
     from torch._functorch import config as differentiating
     from torch._inductor import config, utils
@@ -112,7 +114,7 @@ def unseen() -> Iterator[None]:
         stack.enter_context(utils.fresh_cache())
         stack.enter_context(config.patch(fx_graph_cache=False, compile_threads=1))  # in this process, to be measured
         stack.enter_context(differentiating.patch(enable_autograd_cache=False))
-        torch.compile(nn.Linear(3, 3))(torch.ones(1, 3)).sum().backward()
+        torch.compile(nn.Linear(3, 3), backend=backend)(torch.ones(1, 3)).sum().backward()
         yield
 
 
@@ -130,14 +132,15 @@ def measured(shape: tuple[int, int, int], steps: int, repeats: int, backend: str
         WHOLE: torch.compile(unrolled, fullgraph=True, backend=backend),
     }
     weights, lines = list(eager.parameters()), []
-    for passes, function in {FORWARD: undifferentiated, TRAINING: differentiated}.items():
-        expected, compiling, error = function(eager, x, weights), {}, 0.0
+    both = {FORWARD: lambda loop: undifferentiated(loop, x), TRAINING: lambda loop: differentiated(loop, x, weights)}
+    for passes, function in both.items():
+        expected, compiling, error = function(eager), {}, 0.0
         for way in (STEP, WHOLE):
             begun = spent()
-            own = function(ways[way], x, weights)
+            own = function(ways[way])
             compiling[way] = spent() - begun
             error = max(error, checked(way, own, expected, dim))
-        runs = {way: lambda way=way, function=function: function(ways[way], x, weights) for way in ways}
+        runs = {way: partial(function, loop) for way, loop in ways.items()}
         often = 10 if x.numel() < 2**16 else 1
         times = in_turns(runs, repeats, often, time.process_time)
         seconds = {way: statistics.median(each) for way, each in times.items()}
@@ -168,8 +171,8 @@ def checked(way: str, own: list[Tensor], expected: list[Tensor], dim: int) -> fl
 
 def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
     """Columns, and a line for each shape and pass."""
-    columns = ["d", "batch", "passes", "Eager, ms", "Unrolled", "Compiled", "compiling, s", "paid back after, runs"]
-    columns += ["torch.compile(loop)", "compiling, s", "paid back after, runs"]
+    columns = ["d", "batch", "passes", "Eager, ms", "Unrolled"]
+    columns += [each for way in (STEP, WHOLE) for each in (way, "compiling, s", "runs")]
     rows = [
         [
             str(line.dim),
@@ -186,7 +189,7 @@ def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:
 
 def told(line: Line, way: str) -> tuple[str, str, str]:
     runs = line.paid_back(way)
-    return f"{line.ratio(way):.2f}", f"{line.compiling[way]:.0f}", f"{runs:,.0f}" if math.isfinite(runs) else "never"
+    return f"{line.ratio(way):.2f}", f"{line.compiling[way]:.0f}", f"{runs:.0f}" if math.isfinite(runs) else "never"
 
 
 def report(lines: list[Line], plan: dict[str, Any]) -> Report:
@@ -194,7 +197,7 @@ def report(lines: list[Line], plan: dict[str, Any]) -> Report:
     page.text(
         f"One transformer block, {plan['tokens']} tokens to a sequence, {plan['steps']} steps, none of which is saved "
         f"by halting, in float32. Compiled is execute.Compiled({plan['backend']!r}): one step is compiled, the loop "
-        "stays Python. Unrolled never looks at the data; torch.compile(loop) compiles it, all steps in one graph."
+        "stays Python. Unrolled never looks at the data; torch.compile makes one graph of it, which is the whole loop."
     )
     page.table(*table(lines), caption=CAPTION.format(**plan))
     page.figure(bars(lines), alt="Time of a run by every way over that of execute.Eager.")
@@ -204,8 +207,8 @@ def report(lines: list[Line], plan: dict[str, Any]) -> Report:
 
 CAPTION = """CPU time, {threads} thread(s): ratios of medians of {repeats} turns to that of Eager. \
 Compiling: the first run less a later one, the compiler's time included, with nothing to be found that was compiled \
-before; in training two graphs of a step with their backward passes, since the first step's state has no gradient. \
-Never: not faster in three turns of four."""
+before; with the backward pass a step has two graphs, since the first one's state has no gradient. Runs: after so many \
+compiling is paid back; never if not faster in three turns of four."""
 
 
 def bars(lines: list[Line]) -> Figure:

@@ -46,7 +46,7 @@ def apart(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm() / other.norm())
 
 
-def undifferentiated(loop: Callable[[Tensor], Any], x: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
+def undifferentiated(loop: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
     """The value of a loop, without gradients."""
     with torch.no_grad():
         return [loop(x).value]
