@@ -51,6 +51,7 @@ def spectral_norm(module: Module, bound: float = 1.0) -> Module:
 
     References: T. Miyato et al., "Spectral Normalization for Generative Adversarial Networks", 2018, arXiv 1802.05957.
 
+    >>> _ = torch.manual_seed(0)
     >>> layer = spectral_norm(nn.Linear(3, 3), bound=0.5)
     >>> torch.linalg.matrix_norm(layer.weight, 2).item()
     0.5...
