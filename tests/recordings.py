@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from loopaware.lm import LoopCache, RecurrentForCausalLM
+from loopaware.testing import assert_close
 
 FOLDER = Path(__file__).parent / "recorded"
 
@@ -39,6 +40,15 @@ def pieces(
         steps.append(out.steps)
     assert cache is not None
     return torch.cat(logits, 1), torch.cat(steps, 1), cache
+
+
+def alike(model: RecurrentForCausalLM, ids: Tensor, logits: Tensor, steps: Tensor) -> None:
+    """Each row alone, the first one also token by token, has the logits and steps that it has in the batch."""
+    for row in range(len(ids)):
+        for cuts in ([], SINGLY)[: 1 + (row == 0)]:
+            alone, its_steps, _ = pieces(model, ids[row : row + 1], cuts)
+            assert torch.equal(its_steps[0], steps[row])
+            assert_close(alone[0], logits[row], "batch N equals batch 1")
 
 
 SINGLY = list(range(1, 11))

@@ -529,7 +529,7 @@ def test_bench_execution_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_bench_execution_reports_nothing_if_it_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(execution, "apart", lambda own, expected: 0.5)
+    monkeypatch.setattr(execution, "unequal", lambda own, expected: 0.5)
     with pytest.raises(
         ValueError, match=r"within 0\.001 of the masked run, got 5\.0e-01 at dim 16\. Nothing is reported"
     ):

@@ -18,7 +18,7 @@ from loopaware.lm import Exact, First, Last, Noise, token_cost
 from loopaware.models.huginn import HuginnForCausalLM
 from loopaware.models.huginn_config import HuginnConfig
 from loopaware.testing import assert_close
-from recordings import SINGLY, pieces, recording
+from recordings import SINGLY, alike, pieces, recording
 
 RECORDED, WEIGHTS, METADATA = recording("huginn")
 FIELDS = METADATA["config"]
@@ -102,11 +102,7 @@ def test_a_batch_equals_its_rows_and_pieces_equal_the_whole(model: HuginnForCaus
     logits, steps, cache = pieces(model, IDS, [4, *range(6, 11)])
     assert torch.equal(steps, whole.steps) and torch.equal(cache.steps, steps)
     assert_close(logits, whole.logits, "pieces equal the whole")
-    for row in range(len(IDS)):
-        for cuts in ([], SINGLY)[: 1 + (row == 0)]:
-            alone, its_steps, _ = pieces(model, IDS[row : row + 1], cuts)
-            assert torch.equal(its_steps[0], steps[row])
-            assert_close(alone[0], logits[row], "batch N equals batch 1")
+    alike(model, IDS, logits, steps)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -17,7 +17,7 @@ from loopaware.lm import Exact, ExitGate, Exits, token_cost
 from loopaware.models.ouro import Gate, OuroForCausalLM, Selected
 from loopaware.models.ouro_config import OuroConfig
 from loopaware.testing import assert_close
-from recordings import SINGLY, pieces, recording
+from recordings import SINGLY, alike, pieces, recording
 
 RECORDED, WEIGHTS, METADATA = recording("ouro")
 FIELDS = METADATA["config"]
@@ -125,11 +125,7 @@ def test_a_batch_equals_its_rows_and_pieces_equal_the_whole(name: str):
     logits, steps, cache = pieces(model, IDS, SINGLY)
     assert torch.equal(steps, whole.steps) and cache.ran == steps.sum(), "nobody waits for the slowest row"
     assert_close(logits, whole.logits, "pieces equal the whole")
-    for row in range(len(IDS)):
-        for cuts in ([], SINGLY)[: 1 + (row == 0)]:
-            alone, its_steps, _ = pieces(model, IDS[row : row + 1], cuts)
-            assert torch.equal(its_steps[0], steps[row])
-            assert_close(alone[0], logits[row], "batch N equals batch 1")
+    alike(model, IDS, logits, steps)
     mask, real = MASKS["left"], MASKS["left"].bool()
     padded, its_steps, _ = pieces(model, IDS, [4, 5, 9], mask=mask)
     for row in range(3):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -46,6 +46,21 @@ def enter(table: ModuleType) -> None:
 
 def named(file: str, name: str) -> Any:
     return getattr(importlib.import_module(f"loopaware.models.{file}"), name, None)
+
+
+def own(config: type, more: Mapping[str, Any]) -> None:
+    """Refuse a file of another format; `more` is what it holds besides a config's fields.
+
+    Raises:
+        ValueError: its `model_type` is another one.
+    """
+    expected: str = config.model_type
+    kind = more.get("model_type", expected)
+    if kind != expected:
+        raise ValueError(
+            f"model_type must be {expected!r}, got {kind!r}. Load it with AutoModelForCausalLM, or make a loop of it "
+            "with `loopaware convert`."
+        )
 
 
 def complete() -> None:

@@ -106,7 +106,7 @@ class Batch:
         self.start = self.carry = carry
         self.places: Tensor | None = None
         self.left: list[tuple[Tensor, Carry]] = []
-        self.still = [True] * len(tree.leaves(memories(carry)))
+        self.still = Still(carry)
         self.settles = getattr(advance.readout, "settles", False)
         self.part = Part(advance, carry)
         self.body: list[int] = []
@@ -134,8 +134,7 @@ class Batch:
         self.body.append(count)
         self.rest.append(self.carry.alive.numel())
         before, self.carry = self.carry, self.advance._replace(body=body)(self.carry)
-        pairs = zip(self.still, tree.leaves(memories(before)), tree.leaves(memories(self.carry)), strict=True)
-        self.still = [still and one is other for still, one, other in pairs]
+        self.still.stepped(before, self.carry)
 
     def leave(self) -> None:
         """Let the sequences go in which nothing is alive."""
@@ -158,13 +157,31 @@ class Batch:
             return torch.cat(leaves).index_select(0, order)
 
         whole = tree.map(joined, *(part._replace(rows=None) for part in (*parts, self.carry)))
-        # What no step has made anew stays the very same tensor: gradient rules tell by it what moves.
-        still = iter(self.still)
-        update, halt = tree.map(lambda new, old: old if next(still) else new, memories(whole), memories(self.start))
-        return whole._replace(update=update, halt=halt, rows=self.start.rows)
+        return self.still.kept(whole)._replace(rows=self.start.rows)
 
     def ran(self) -> Ran:
         return Ran(self.start.alive.numel(), tuple(self.body), tuple(self.rest), self.part.reason)
+
+
+class Still:
+    """Which memories no step of a run has made anew: they stay the very same tensors.
+
+    Gradient rules tell by it what moves.
+    """
+
+    def __init__(self, start: Carry):
+        self.start = memories(start)
+        self.leaves = [True] * len(tree.leaves(self.start))
+
+    def stepped(self, before: Carry, after: Carry) -> None:
+        pairs = zip(self.leaves, tree.leaves(memories(before)), tree.leaves(memories(after)), strict=True)
+        self.leaves = [still and one is other for still, one, other in pairs]
+
+    def kept(self, whole: Carry) -> Carry:
+        """The carry, with the memories of the start where they are still."""
+        still = iter(self.leaves)
+        update, halt = tree.map(lambda new, old: old if next(still) else new, memories(whole), self.start)
+        return whole._replace(update=update, halt=halt)
 
 
 def memories(carry: Carry) -> tuple[Any, Any]:

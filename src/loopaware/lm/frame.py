@@ -182,8 +182,10 @@ def altered(
     return twin
 
 
-def looped(loop: Loop, context: Context, mask: Tensor | None, max_steps: int | None) -> Output:
-    """Run the loop of a language model on a context with "x" and "attention".
+def looped(
+    loop: Loop, context: Context, mask: Tensor | None, max_steps: int | None, carry: Carry | None = None
+) -> Output:
+    """Run the loop of a language model on a context with "x" and "attention", from its start or from a carry.
 
     Where stopped tokens go on making keys and values, nobody leaves the batch.
     """
@@ -193,7 +195,7 @@ def looped(loop: Loop, context: Context, mask: Tensor | None, max_steps: int | N
         inner = Eager(getattr(inner, "check", True))
     token = CONTEXT.set(context)
     try:
-        return altered(loop, execute=Stepped(inner))(context, mask=mask, max_steps=max_steps)
+        return altered(loop, execute=Stepped(inner))(context, mask=mask, carry=carry, max_steps=max_steps)
     finally:
         CONTEXT.reset(token)
 

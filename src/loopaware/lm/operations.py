@@ -7,13 +7,13 @@ Deliberately elsewhere: loops outside language models (`loopaware.observe.cost`)
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from loopaware import execute
+from loopaware.counting import counter
 from loopaware.lm.cache import LoopCache
 from loopaware.lm.model import RecurrentForCausalLM
 
@@ -79,16 +79,3 @@ def counted(model: RecurrentForCausalLM, steps: int, keys: int) -> int:
     with counter() as seen:
         model(tokens[:, :1], past_key_values=cache, max_steps=steps)
     return seen.get_total_flops()
-
-
-def counter() -> FlopCounterMode:
-    """PyTorch's counter, with the attention on the CPU that it leaves out."""
-    return FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended}
-    )
-
-
-def _attended(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Q k^T and p v. Shapes: query (B, H, Tq, d), key (B, H', Tk, d), value (B, H', Tk, e)."""
-    batch, heads, queries, features = query
-    return 2 * batch * heads * queries * key[-2] * (features + value[-1])

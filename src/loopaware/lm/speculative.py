@@ -30,9 +30,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from loopaware import tree
 from loopaware.checks import bounded
-from loopaware.execute import Eager
 from loopaware.lm.cache import LoopCache, Pass, View
-from loopaware.lm.frame import CONTEXT, Attention, Stepped, settle
+from loopaware.lm.frame import Attention, looped, settle
 from loopaware.lm.model import RecurrentForCausalLM, by_token
 from loopaware.lm.rejection import Sampling
 from loopaware.protocols import Carry, Context, Output
@@ -229,13 +228,7 @@ class Decoding:
 
     def ran(self, context: Context, steps: int, real: Tensor | None = None, carry: Carry | None = None) -> Output:
         """The loop, from its start or from a carry, up to a number of steps in all."""
-        loop = self.model.loop
-        inner = Eager(getattr(loop.execute, "check", True)) if self.cache.policy.frozen else loop.execute
-        token = CONTEXT.set(context)
-        try:
-            out = loop.replace(execute=Stepped(inner))(context, mask=real, carry=carry, max_steps=steps)
-        finally:
-            CONTEXT.reset(token)
+        out = looped(self.model.loop, context, real, steps, carry)
         passes = out.carry.index - (0 if carry is None else carry.index)
         self.done = self.done._replace(passes=self.done.passes + passes)
         return out

@@ -98,12 +98,7 @@ class HuginnConfig(PreTrainedConfig):
 
     def _filled(self, **more: Any) -> None:
         """What follows from the fields; `more` is what a file holds besides them, which transformers takes."""
-        kind = more.get("model_type", self.model_type)
-        if kind != self.model_type:
-            raise ValueError(
-                f"model_type must be {self.model_type!r}, got {kind!r}. Load it with AutoModelForCausalLM, or make a "
-                "loop of it with `loopaware convert`."
-            )
+        hub.own(type(self), more)
         super().__post_init__(**{name: value for name, value in more.items() if name not in DERIVED})
         self.tie_word_embeddings = self.tie_embeddings
         checked(self)

@@ -73,12 +73,7 @@ class LoopedConfig(PreTrainedConfig):
 
     def _filled(self, **more: Any) -> None:
         """What transformers calls with whatever else a config.json holds."""
-        kind = more.get("model_type", self.model_type)
-        if kind != self.model_type:
-            raise ValueError(
-                f"model_type must be {self.model_type!r}, got {kind!r}. Load it with AutoModelForCausalLM, or "
-                "make a loop of it with `loopaware convert`."
-            )
+        hub.own(type(self), more)
         self.base = copy.deepcopy(self.base)  # whose attention is set with this model's
         super().__post_init__(**more)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -69,12 +69,7 @@ class OuroConfig(PreTrainedConfig):
 
     def _filled(self, **more: Any) -> None:
         """What follows from the fields; `more` is what a file holds besides them, which transformers takes."""
-        kind = more.get("model_type", self.model_type)
-        if kind != self.model_type:
-            raise ValueError(
-                f"model_type must be {self.model_type!r}, got {kind!r}. Load it with AutoModelForCausalLM, or make a "
-                "loop of it with `loopaware convert`."
-            )
+        hub.own(type(self), more)
         self.sliding_window = self.sliding_window if self.use_sliding_window else None
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from loopaware import execute, tree
+from loopaware.counting import attended, counter
 from loopaware.loop import Loop
 from loopaware.observe.record import shadow
 from loopaware.protocols import Ran
@@ -145,10 +145,9 @@ def cost(loop: Loop, context: Any, mask: Tensor | None = None) -> Cost:
 
 def counted(function: Any, *arguments: Any) -> tuple[int, Any]:
     """The operations of a call, and its result."""
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attended}
-    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
+    with counter() as seen:
         result = function(*arguments)
-    return counter.get_total_flops(), result
+    return seen.get_total_flops(), result
 
 
 class Attended(TorchFunctionMode):
@@ -165,15 +164,6 @@ class Attended(TorchFunctionMode):
         if function is scaled_dot_product_attention:
             named = dict(zip(("query", "key", "value"), arguments, strict=False)) | (options or {})
             query, key, value = named["query"], named["key"], named["value"]
-            self.operations += _attended(query.shape, key.shape, value.shape)
+            self.operations += attended(query.shape, key.shape, value.shape)
             self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in (key, value))
         return function(*arguments, **(options or {}))
-
-
-def _attended(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Operations of attention on the CPU, which PyTorch's counter leaves out: q k^T and p v.
-
-    Shapes: query (B, H, Tq, d), key (B, H, Tk, d), value (B, H, Tk, e).
-    """
-    batch, heads, queries, features = query
-    return 2 * batch * heads * queries * key[-2] * (features + value[-1])

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from loopaware.checks import bounded
 from loopaware.protocols import Execute, Output
 from loopaware.recipes import distances
 from loopaware.recipes.batching_report import ALONE, BASELINE, FIXED, Line, report, table
-from loopaware.recipes.shared import apart, show
+from loopaware.recipes.shared import apart, in_turns, show
 from loopaware.serve import (
     ByDepth,
     ByLength,
@@ -37,7 +37,6 @@ from loopaware.serve import (
     encode,
 )
 from loopaware.tasks import graphs
-from loopaware.train.progress import Progress, within
 
 EQUAL = 1e-3
 """The relative error of answers above which nothing is reported (float32)."""
@@ -201,12 +200,8 @@ def measured(
     for name, way in tried.items():
         answers, executed[name] = (alone, needed) if name == ALONE else watched(models[name], requests, way.policy)
         same(name, answers, alone)
-    times: dict[str, list[float]] = {name: [] for name in tried}
-    turns = [name for _ in range(repeats) for name in tried]
-    for name in within(Progress(len(turns), done=0, wanted=True), turns):
-        begun = time.perf_counter()
-        encode(models[name], requests, tried[name].policy)
-        times[name].append(time.perf_counter() - begun)
+    runs = {name: partial(encode, models[name], requests, way.policy) for name, way in tried.items()}
+    times = in_turns(runs, repeats)
     base = statistics.median(times[BASELINE])
     lines = []
     for name, each in times.items():

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,8 +28,7 @@ from loopaware.observe import Report
 from loopaware.observe.cost import counted
 from loopaware.observe.figures import figure
 from loopaware.recipes.execution_baselines import masked_act
-from loopaware.recipes.shared import apart, show
-from loopaware.train.progress import Progress, within
+from loopaware.recipes.shared import differentiated, in_turns, show, undifferentiated, unequal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +116,8 @@ def measured(dim: int, batch: int, heads: int, ends: Tensor, steps: int, repeats
     masked = dense.replace(halt=Written(ends))
     loops: dict[str, nn.Module] = {DENSE: dense, MASKED: masked, ACT: masked_act(dense, x, ends)}
     loops[COMPACTED] = masked.replace(execute=execute.Compacted())
-    error = unequal(passed(loops[COMPACTED], x), passed(masked, x))
+    weights = {name: list(loop.parameters()) for name, loop in loops.items()}
+    error = unequal(*(differentiated(loops[name], x, weights[name]) for name in (COMPACTED, MASKED)))
     if error > EQUAL:
         raise ValueError(
             f"values and gradients must be within {EQUAL} of the masked run, got {error:.1e} at dim {dim}. "
@@ -125,36 +126,18 @@ def measured(dim: int, batch: int, heads: int, ends: Tensor, steps: int, repeats
     with torch.no_grad():
         operations = [counted(loops[name], x)[0] for name in (COMPACTED, DENSE)]
     lines = []
-    for passes, function in {FORWARD: forward, TRAINING: passed}.items():
-        times: dict[str, list[float]] = {name: [] for name in loops}
-        often = repeats * (10 if batch * dim < 1024 else 1)
-        turns = [name for _ in range(often) for name in loops]
-        for name in within(Progress(len(turns), done=0, wanted=True), turns):
-            begun = time.perf_counter()
-            function(loops[name], x)
-            times[name].append(time.perf_counter() - begun)
+    for passes in (FORWARD, TRAINING):
+        runs = {name: runner(loop, x, weights[name] if passes == TRAINING else None) for name, loop in loops.items()}
+        times = in_turns(runs, repeats * (10 if batch * dim < 1024 else 1))
         seconds = {name: statistics.median(each) for name, each in times.items()}
         taken = float(ends.sum()) / (ends.numel() * steps)
         lines.append(Line(dim, batch, passes, seconds, operations[0] / operations[1], taken, error))
     return lines
 
 
-def forward(loop: nn.Module, x: Tensor) -> None:
-    with torch.no_grad():
-        loop(x)
-
-
-def passed(loop: nn.Module, x: Tensor) -> list[Tensor]:
-    """Forward and backward: the value, and the gradients of all weights."""
-    value = loop(x).value
-    direction = torch.linspace(-1, 1, value.numel()).view_as(value)
-    return [value.detach(), *torch.autograd.grad((value * direction).mean(), list(loop.parameters()))]
-
-
-def unequal(own: list[Tensor], expected: list[Tensor]) -> float:
-    """The relative error of values, or of all gradients in one row; the larger one."""
-    rows = [[each[0].flatten(), torch.cat([leaf.flatten() for leaf in each[1:]])] for each in (own, expected)]
-    return max(apart(one, other) for one, other in zip(*rows, strict=True))
+def runner(loop: nn.Module, x: Tensor, weights: list[nn.Parameter] | None) -> Callable[[], list[Tensor]]:
+    """A run, with its backward pass if there are weights."""
+    return partial(undifferentiated, loop, x) if weights is None else partial(differentiated, loop, x, weights)
 
 
 def table(lines: list[Line]) -> tuple[list[str], list[list[str]]]:

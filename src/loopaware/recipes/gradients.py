@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,8 +24,7 @@ from loopaware.nn import Add, Attention, Block, FeedForward, Post
 from loopaware.observe import Report
 from loopaware.observe.figures import figure
 from loopaware.protocols import Context, Grad, State
-from loopaware.recipes.shared import apart, show, told_apart
-from loopaware.train.progress import Progress, within
+from loopaware.recipes.shared import apart, in_turns, show, told_apart
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -149,12 +148,7 @@ def measured(name: str, loops: dict[str, Loop], x: Tensor, lengths: list[int], r
     """All rules of one loop; timed in turns, so that a noisy moment meets every rule."""
     steps = middle(lengths)
     found = {rule: passed(loop, x, steps) for rule, loop in loops.items()}
-    times: dict[str, list[float]] = {rule: [] for rule in loops}
-    turns = [(turn, rule) for turn in range(repeats) for rule in loops]
-    for _, rule in within(Progress(len(turns), done=0, wanted=True), turns):
-        begun = time.perf_counter()
-        passed(loops[rule], x, steps)
-        times[rule].append(time.perf_counter() - begun)
+    times = in_turns({rule: partial(passed, loop, x, steps) for rule, loop in loops.items()}, repeats)
     value, gradient = found[FULL]
     return [
         Line(

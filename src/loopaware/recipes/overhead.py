@@ -24,8 +24,7 @@ from loopaware import Loop, execute, files, halt
 from loopaware.checks import bounded
 from loopaware.nn import Block, Post
 from loopaware.recipes.overhead_report import report, table_of_bodies, table_of_drivers, table_of_kinds
-from loopaware.recipes.shared import show
-from loopaware.train.progress import Progress, within
+from loopaware.recipes.shared import in_turns, show
 
 PRODUCTS, ATTENTION, NORMS, CURVE, REST = "matrix products", "attention", "norms", "GELU", "sums and copies"
 KINDS = (PRODUCTS, ATTENTION, NORMS, CURVE, REST)
@@ -144,7 +143,7 @@ def measured_body(dim: int, batch: int, tokens: int, heads: int, repeats: int) -
             BOTH: kernels.alone(PRODUCTS, ATTENTION),
             WATCHED: lambda body=body, seen=seen: seen.append(watched(body, keeps=False).seconds),
         }
-        seconds = in_turns(ways, often(repeats, x))
+        seconds = medians(ways, often(repeats, x))
         kinds = {name: statistics.median(each[name] for each in seen) for name in KINDS}
         lines.append(Body(dim, passes, seconds, operations, kinds))
     return lines
@@ -178,7 +177,7 @@ def measured_driver(dim: int, batch: int, tokens: int, heads: int, steps: int, r
             ways = {BARE: lambda: forward(bare, x), LOOP: lambda: forward(looped, x)}
         else:
             ways = {BARE: lambda: passed(bare, x, block), LOOP: lambda: passed(looped, x, block)}
-        lines.append(Driver(dim, batch, tokens, passes, in_turns(ways, often(repeats, x)), steps))
+        lines.append(Driver(dim, batch, tokens, passes, medians(ways, often(repeats, x)), steps))
     return lines
 
 
@@ -190,7 +189,7 @@ def square(repeats: int) -> dict[str, float]:
     if torch.backends.mkldnn.is_available():
         other = side.to_mkldnn()
         ways["oneDNN"] = lambda: torch.nn.functional.linear(other, other)
-    return {name: 2e-9 * SIDE**3 / seconds for name, seconds in in_turns(ways, repeats).items()}
+    return {name: 2e-9 * SIDE**3 / seconds for name, seconds in medians(ways, repeats).items()}
 
 
 def often(repeats: int, x: Tensor) -> int:
@@ -203,17 +202,11 @@ def clock() -> float:
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
-def in_turns(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median seconds of each way; timed in turns, so that a noisy moment meets every way."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def medians(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median seconds of each way, after one run that is not timed."""
     for function in ways.values():
         function()
-    turns = [name for _ in range(repeats) for name in ways]
-    for name in within(Progress(len(turns), done=0, wanted=True), turns):
-        begun = clock()
-        ways[name]()
-        times[name].append(clock() - begun)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return {name: statistics.median(each) for name, each in in_turns(ways, repeats, clock=clock).items()}
 
 
 def forward(function: Callable[[Tensor], Tensor], x: Tensor) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from loopaware import execute, files, halt, train
 from loopaware.checks import bounded
+from loopaware.counting import counter
 from loopaware.halt.depths import Uniform
 from loopaware.recipes.shared import adam, show
 from loopaware.recipes.text_report import (
@@ -235,8 +236,6 @@ def described(plan: Plan, seed: int, name: str, net: Any, pieces: Tensor, source
 
 def timed(net: Any, lesson: Lesson) -> tuple[float, float]:
     """The operations of a training step, three times those of its forward pass, and the median of its CPU seconds."""
-    from loopaware.lm.operations import counter
-
     with torch.no_grad(), counter() as seen:
         net(lesson.tokens, max_steps=int(lesson.loops), use_cache=False)
     seconds = []

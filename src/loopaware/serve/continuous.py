@@ -8,13 +8,14 @@ would have it. Deliberately elsewhere: batches that only get thinner (`execute.C
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from loopaware import tree
 from loopaware.checks import bounded
 from loopaware.execute import Eager
+from loopaware.execute.compacted import Still
 from loopaware.protocols import Advance, Carry
 
 
@@ -77,7 +78,7 @@ class Queue:
         self.taken: list[int] = []
         self.most = 0
         self.done: list[tuple[list[int], Carry]] = []
-        self.still = [True] * len(tree.leaves(memories(carry)))
+        self.still = Still(carry)
 
     def filled(self) -> bool:
         """Let go who is done, and fill free places; whether there is anyone to be stepped. Waits for the device."""
@@ -110,8 +111,7 @@ class Queue:
         before, self.carry = self.carry, self.advance(self.carry)
         self.taken = [count + 1 for count in self.taken]
         self.most = max(self.most, *self.taken)
-        pairs = zip(self.still, tree.leaves(memories(before)), tree.leaves(memories(self.carry)), strict=True)
-        self.still = [still and one is other for still, one, other in pairs]
+        self.still.stepped(before, self.carry)
 
     def whole(self) -> Carry:
         """The carry of all sequences, in their order."""
@@ -124,15 +124,7 @@ class Queue:
             order += self.idle
         back = torch.tensor(order, device=self.start.alive.device).argsort()
         whole = tree.map(lambda *leaves: torch.cat(leaves).index_select(0, back), *parts)
-        # What no step has made anew stays the very same tensor: gradient rules tell by it what moves.
-        still = iter(self.still)
-        update, halt = tree.map(lambda new, old: old if next(still) else new, memories(whole), memories(self.start))
-        rows, index = self.start.rows, self.start.index + self.most
-        return whole._replace(update=update, halt=halt, rows=rows, index=index)
-
-
-def memories(carry: Carry) -> tuple[Any, Any]:
-    return carry.update, carry.halt
+        return self.still.kept(whole)._replace(rows=self.start.rows, index=self.start.index + self.most)
 
 
 class Anywhere:
