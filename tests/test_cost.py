@@ -131,71 +131,37 @@ def test_spent_is_what_a_compacted_run_of_sequences_counts(name: str, every: boo
     assert cost.spent(ran) == pytest.approx(operations, rel=0.01) and operations < 0.7 * cost.dense
 
 
-class Beside(NamedTuple):
-    """What a compacted run of single tokens works on, summed over its steps.
-
-    `alive`: tokens that were stepped; `keys`: tokens whose keys and values were made; `queries`: places in attention,
-    every sequence padded to the fullest; `whole`: all tokens of the sequences that were still in the batch.
-    """
-
-    alive: int
-    keys: int
-    queries: int
-    whole: int
-
-
-def beside(ends: Tensor, holds: bool) -> Beside:
-    sums = torch.zeros(4, dtype=torch.long)
-    for step in range(int(ends.max())):
-        run = ends > step
-        there = run.any(1, keepdim=True).expand_as(run)  # sequences that have stopped take their keys with them
-        made = (ends > step - 1) & there if holds else there
-        queries = there[:, 0].sum() * run.sum(1).max()
-        sums += torch.stack([run.sum(), made.sum(), queries, there.sum()])
-    return Beside(*sums.tolist())
-
-
 TOKENWISE = {
-    "block": (CASES["block"], True),
-    "relative": (CASES["relative"], True),
-    "causal": (CASES["causal"], True),
-    "swiglu": (CASES["swiglu"], True),
-    "added": (CASES["added"], True),
-    "timed": (CASES["timed"], False),
-    "encoder": (CASES["encoder"], False),
+    name: CASES[name] for name in ("block", "relative", "causal", "swiglu", "added", "timed", "encoder", "stack")
+}
+TOKENWISE |= {
+    "cross": CASES["cross"],
+    "mixed": Case(stepped(lambda: body.Injected(block(), blocks.CrossAttention(DIM, HEADS)))),
+    "padded": CASES["padded"],
 }
 
 
+@pytest.mark.parametrize("every", [False, True], ids=["last", "every"])
 @pytest.mark.parametrize("name", TOKENWISE)
-def test_what_a_compacted_run_of_tokens_counts_beside_what_is_spent(name: str):
-    """Where tokens stop by themselves `spent` is below the count: by keys and values that are made for tokens that have
-    stopped (once where they are held, at every step where a signal moves them), and by padded queries. No more.
+def test_spent_is_what_a_compacted_run_of_tokens_counts(name: str, every: bool):
+    """Keys are made for tokens that have stopped too, once where they are held, at every step where a signal moves
+    them; queries are padded to the fullest sequence; all but the last body of a stack is run for all tokens.
     """
-    (make, reads), holds = TOKENWISE[name]
     ends = torch.randint(1, STEPS + 1, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
-    loop, inputs = make().replace(halt=Scripted(ends), rows=2), context(reads)
+    read = readout.Every() if every else readout.Last()
+    loop, inputs = (
+        TOKENWISE[name].make().replace(halt=Scripted(ends), rows=2, readout=read),
+        context(TOKENWISE[name].reads),
+    )
     inputs.pop("mask", None)
     with torch.no_grad():
         _, ran = reported(loop, inputs, break_even=0)
         operations, _ = counted(loop.replace(execute=execute.Compacted(break_even=0)), inputs)
-    cost, more = observe.cost(loop, inputs), beside(ends, holds)
-    keys = 2 * 2 * DIM**2 * (more.keys - more.alive)
-    queries = cost.attention / cost.rows * (more.queries - more.alive)
-    assert keys > 0 and queries > 0 and sum(ran.body) == more.alive
-    assert operations == pytest.approx(cost.spent(ran) + keys + queries, rel=1e-9)
-
-
-def test_a_stack_of_tokens_runs_all_but_its_last_body_for_all():
-    """Of two blocks the first is run for every token of a sequence in which one is alive."""
-    ends = torch.randint(1, STEPS + 1, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
-    loop = Loop(Transformer(2, DIM, HEADS), STEPS, rows=2, halt=Scripted(ends))
-    with torch.no_grad():
-        operations, _ = counted(loop.replace(execute=execute.Compacted(break_even=0)), inputs := context(("x",)))
-    cost, more = observe.cost(loop, inputs), beside(ends, holds=False)
-    first = cost.body / 2 / cost.rows * more.whole
-    linear, attention = (cost.body - cost.attention) / 2 / cost.rows, cost.attention / 2 / cost.rows
-    last = linear * more.alive + 4 * DIM**2 * (more.keys - more.alive) + attention * more.queries
-    assert operations == pytest.approx(first + last, rel=1e-9)
+    cost = observe.cost(loop, inputs)
+    load = [sum(each) for each in zip(*ran.loads, strict=True)]
+    assert load[0] == ends.sum() and load[0] < min(load[1:]) and sum(ran.rest) >= load[3]
+    assert sum(cost.load) * cost.rows == pytest.approx(cost.body, rel=1e-12) and min(cost.load) >= 0
+    assert cost.spent(ran) == pytest.approx(operations, rel=1e-9) and operations < cost.dense
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["fused", "with a learned bias"])

@@ -138,18 +138,37 @@ class Output(NamedTuple):
         return torch.where(real, status, int(Status.PADDING))
 
 
+class Load(NamedTuple):
+    """What a body worked on in one step of a batch, in rows; or what each of these costs.
+
+    `run`: rows that were stepped. `keys`: rows whose keys and values were made, of stopped ones too where they have
+    moved. `queries`: places of queries in attention, every sequence padded to the one with the most. `among`: all rows
+    of the sequences the body saw. Where a body is run for whole sequences, all four are the same number.
+    """
+
+    run: float
+    keys: float
+    queries: float
+    among: float
+
+
 class Ran(NamedTuple):
     """What a run of `execute.Compacted` executed, step by step, and what kept it from leaving out more.
 
-    `rows` is the number of rows of the batch; `body` and `rest` say for how many of them the body, and the update and
-    the rule, were run at each step, rows that only served as keys not counted. `reason` is empty, or says why no step
-    could leave out all rows that had stopped.
+    `rows` is the number of rows of the batch; `loads` says what the body worked on at each step, `rest` for how many
+    rows the update and the rule were run. `reason` is empty, or says why no step could leave out all rows that had
+    stopped.
     """
 
     rows: int
-    body: tuple[int, ...]
+    loads: tuple[Load, ...]
     rest: tuple[int, ...]
     reason: str = ""
+
+    @property
+    def body(self) -> tuple[int, ...]:
+        """For how many rows the body was run at each step, rows that only served as keys not counted."""
+        return tuple(int(load.run) for load in self.loads)
 
     @property
     def share(self) -> float:
@@ -218,6 +237,11 @@ def partial(body: object) -> TypeGuard[Partial]:
     """Whether a body declares that it can be run for some tokens, and has no hooks, which a part would not call."""
     hooks = getattr(body, "_forward_hooks", None) or getattr(body, "_forward_pre_hooks", None)
     return getattr(body, "partial", False) is True and not hooks
+
+
+def tokenwise(body: object, carry: Carry) -> bool:
+    """Whether a body can be run for single tokens of this carry: of one tensor (B, T, D), and it declares so."""
+    return carry.rows.axes == 2 and partial(body) and isinstance(carry.state, Tensor) and carry.state.ndim == 3
 
 
 class Init(Protocol):

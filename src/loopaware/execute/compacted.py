@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loopaware import tree
 from loopaware.checks import same_shape
 from loopaware.execute.eager import Eager, describe, read, real, summed
-from loopaware.protocols import Advance, Carry, Context, Ran, State, partial
+from loopaware.protocols import Advance, Carry, Context, Load, Ran, State, partial, tokenwise
 from loopaware.tokens import Tokens
 
 __all__ = ["Compacted"]
@@ -89,9 +89,9 @@ class Compacted:
         """A run in which leaving out all rows would not pay."""
         out = Eager(self.check)(advance, carry, steps)
         if self.report is not None:
-            rows = carry.alive.numel()
-            dense = (rows,) * (out.index - carry.index)
-            self.report(Ran(rows, dense, dense, "a step of the whole batch is worth less than the break-even"))
+            rows, steps = carry.alive.numel(), out.index - carry.index
+            reason = "a step of the whole batch is worth less than the break-even"
+            self.report(Ran(rows, (whole(rows),) * steps, (rows,) * steps, reason))
         return out
 
 
@@ -109,7 +109,7 @@ class Batch:
         self.still = Still(carry)
         self.settles = getattr(advance.readout, "settles", False)
         self.part = Part(advance, carry)
-        self.body: list[int] = []
+        self.loads: list[Load] = []
         self.rest: list[int] = []
         self.rows = self.sequences = 0
 
@@ -130,10 +130,10 @@ class Batch:
         stopped = len(self.start.alive) - self.sequences
         if self.settles and self.sequences < len(self.carry.alive) and self.work.worth(stopped, [self.start.state]):
             self.leave()
-        body, count = self.part.chosen(self)
-        self.body.append(count)
+        body = self.part.chosen(self)
         self.rest.append(self.carry.alive.numel())
         before, self.carry = self.carry, self.advance._replace(body=body)(self.carry)
+        self.loads.append(self.part.load)
         self.still.stepped(before, self.carry)
 
     def leave(self) -> None:
@@ -160,7 +160,7 @@ class Batch:
         return self.still.kept(whole)._replace(rows=self.start.rows)
 
     def ran(self) -> Ran:
-        return Ran(self.start.alive.numel(), tuple(self.body), tuple(self.rest), self.part.reason)
+        return Ran(self.start.alive.numel(), tuple(self.loads), tuple(self.rest), self.part.reason)
 
 
 class Still:
@@ -209,6 +209,11 @@ class Work:
         return saved >= self.break_even + MOVING * sum(leaf.numel() for leaf in moved)
 
 
+def whole(rows: int) -> Load:
+    """Of a body that is run for whole sequences."""
+    return Load(rows, rows, rows, rows)
+
+
 @dataclass(frozen=True)
 class Only:
     """A body that is run for rows that are alive; what the others propose is their state, to the bit."""
@@ -228,11 +233,12 @@ class Part:
         self.held: Any = None
         self.before: Tensor | None = None
         self.few_before: tuple[Tensor, Context] | None = None
-        state, axes, able = carry.state, carry.rows.axes, partial(advance.body)
-        self.tokens = axes == 2 and able and isinstance(state, Tensor) and state.ndim == 3
+        self.load = whole(0)
+        self.tokens = tokenwise(advance.body, carry)
         self.reason = ""
-        if axes > 1 and not self.tokens:
-            what = "takes single tokens of one tensor (B, T, D)" if able else "declares no `partial`, or has hooks"
+        if carry.rows.axes > 1 and not self.tokens:
+            able = "takes single tokens of one tensor (B, T, D)"
+            what = able if partial(advance.body) else "declares no `partial`, or has hooks"
             name = type(advance.body).__name__
             self.reason = f"tokens that have stopped are run with their sequence: body {name} {what}"
 
@@ -240,19 +246,21 @@ class Part:
         """Let sequences go: what is held of the others stays."""
         self.held, self.before = tree.gather(stay, (self.held, self.before))
 
-    def chosen(self, batch: Batch) -> tuple[Any, int]:
-        """A body for this step, and for how many rows it is run."""
+    def chosen(self, batch: Batch) -> Any:
+        """A body for this step. What it works on is in `load` when it has run."""
         alive = batch.carry.alive
         each = alive.numel() // len(alive)
         if self.tokens and batch.work.worth(len(alive) - batch.rows / each, [batch.carry.state]):
-            return Only(lambda state, context, index: self.some(alive, state, context, index)), batch.rows
+            return Only(lambda state, context, index: self.some(alive, state, context, index))
         self.held = self.before = None
         if not batch.settles and batch.work.worth(len(alive) - batch.sequences, tree.leaves(batch.carry.state)):
             if self.few_before is None or len(self.few_before[0]) != batch.sequences:
                 places = batch.carry.sequences.nonzero().flatten()
                 self.few_before = places, self.advance.among(places, len(alive), batch.rule.shared).context
-            return self.few, batch.sequences * each
-        return self.advance.body, alive.numel()
+            self.load = whole(batch.sequences * each)
+            return self.few
+        self.load = whole(alive.numel())
+        return self.advance.body
 
     def some(self, alive: Tensor, state: Tensor, context: Context, index: int) -> Tensor:
         """Proposals of the tokens that are alive; the others propose what they are."""
@@ -260,6 +268,7 @@ class Part:
         assert partial(body)
         new, self.held = body.some(state, context, index, tokens, self.held)
         self.before = alive
+        self.load = Load(len(tokens.run), len(tokens.moved), len(alive) * tokens.most, alive.numel())
         return tokens.put(state, new.to(state.dtype))
 
     def few(self, state: State, context: Context, index: int) -> State:
